@@ -1,0 +1,41 @@
+"""The errors of ttc: one root, each also the stdlib type it replaces.
+
+TTCError
+ ├─ InputError(ValueError)      bad input from a user: a field, its value and the mend (CLI exit code 2)
+ ├─ BudgetTooSmall(InputError)  a budget that cannot buy one answer; carries the least that would do
+ ├─ EngineError(RuntimeError)   an engine that failed, could not start or cannot be reached
+ └─ VerifierError(RuntimeError) a verifier that broke or ran out of its time on one answer
+"""
+
+from __future__ import annotations
+
+
+class TTCError(Exception):
+    """Root of every error that ttc raises on purpose."""
+
+
+class InputError(TTCError, ValueError):
+    """Bad input: one line that names the field, the value and the mend."""
+
+
+class BudgetTooSmall(InputError):
+    """The budget cannot buy a single answer; ``least`` is the smallest amount that would, in the budget's unit."""
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
+
+    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[str, float]]:
+        return type(self), (str(self), self.least)
+
+
+class EngineError(TTCError, RuntimeError):
+    """The engine failed; ``retryable`` says whether the same request may succeed when issued again."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class VerifierError(TTCError, RuntimeError):
+    """A verifier broke, or did not finish in its time, on one answer."""
