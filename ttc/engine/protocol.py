@@ -1,0 +1,106 @@
+"""What the driver asks of an engine: five verbs. vLLM in process, an HTTP server, a recorded pool and the fake for tests all
+speak them, so that a policy cannot tell one from another.
+
+An engine turns requests into tokens and counts them; it knows no budget. Tickets are the driver's own numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+
+if TYPE_CHECKING:
+    from ttc.costmodel import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is: facts fixed at start-up.
+
+    ``context`` is the longest sequence (prompt + output) in tokens; ``concurrency`` how many branches run at once; ``steerable``
+    whether ``steer`` takes effect within one step; ``shape`` is None where the model's config is unknown (a remote server), and
+    FLOPs can't be charged then. ``identity`` names model and versions for run.json: a resumed run must match it.
+    """
+
+    name: str
+    model: str
+    context: int
+    concurrency: int
+    format: AnswerFormat
+    sampling: Sampling
+    steerable: bool
+    shape: ModelShape | None = None
+    signals: tuple[str, ...] = ()
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+
+class Progress(NamedTuple):
+    """A running branch: output tokens so far (generated + forced) and its share of weight reads (None: not measured)."""
+
+    tokens: int
+    weight_reads: float | None
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one ``step`` brought: the branches that ended, and where each running one is (only those that moved)."""
+
+    finished: list[tuple[int, Completion]] = field(default_factory=list)
+    progress: dict[int, Progress] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The engine's own totals since it was opened: what the ledger must agree with.
+
+    ``output_tokens`` are generated + forced, those of cancelled branches included; ``prompt_tokens`` every prompt token handed
+    over, cached or not; ``steps`` the passes over the weights (0 where unseen).
+    """
+
+    requests: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    steps: int = 0
+
+
+class Engine(Protocol):
+    """Raises ``EngineError`` from any verb when the engine itself is gone; a request's own failure is a ``Completion`` with finish
+    "error" instead."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
+        """Prompt length in tokens, after the chat template."""
+        ...
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens kept for closing the thought and answering: a branch uses at most thinking_tokens + room_tokens."""
+        ...
+
+    def submit(self, ticket: int, request: Request) -> None:
+        """Take a request. The driver never has more than ``info.concurrency`` in flight."""
+        ...
+
+    def step(self) -> StepReport:
+        """Advance. Returns within a fraction of a second also when nothing moved."""
+        ...
+
+    def steer(self, ticket: int, word: Literal["close"]) -> None:
+        """Make a running branch end its thought now and answer inside its room. Unknown or finished tickets are ignored."""
+        ...
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Cancel. Each ends in a later step's ``finished`` with finish "abort" and all that it used."""
+        ...
+
+    def counters(self) -> Counters: ...
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        ...

@@ -1,0 +1,292 @@
+"""The nouns of ttc: frozen, picklable values that policies, samplers, the driver and the engines pass to each other.
+
+Nothing here spends, clocks or draws. Quantities carry their unit in the name; every token count is an integer number of
+tokens of the model at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Messages = tuple[Mapping[str, str], ...]
+Finish = Literal["stop", "length", "abort", "error", "denied"]
+"""How a branch ended: by itself; at its hard cap; cancelled; failed; or never started for want of budget."""
+
+
+def seed_for(run_seed: int, problem_id: str, index: int) -> int:
+    """The seed of one sample: the first 8 bytes of sha256(run seed, problem id, index), below 2**63.
+
+    Hashing keeps samples of neighbouring run seeds and indices independent (adding seeds does not).
+    """
+    digest = hashlib.sha256(f"{run_seed}\x1f{problem_id}\x1f{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question. ``messages`` are chat messages (role, content); ``gold`` is None where no answer is known."""
+
+    id: str
+    messages: Messages
+    gold: str | None = None
+    verifier: str = "exact"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The content of the last message: what is shown to people."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says of one answer: ``score`` in [0, 1], and whether that counts as correct."""
+
+    correct: bool
+    score: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """How a model writes its thought and its answer, and what is forced when the thought must end.
+
+    ``close_text`` is inserted when the thinking cap is reached inside the thought; ``lead_text`` when the thought is closed but
+    the answer is not finished where its room begins ("" : nothing is inserted). ``answer_tokens`` is the room for the answer
+    itself, after what was inserted. ``think_close`` is "" for a model that does not think aloud.
+    """
+
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    close_text: str = "</think>"
+    lead_text: str = ""
+    extract: Literal["tail", "boxed", "tag", "last-line"] = "tail"
+    answer_tokens: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One branch to be sampled. The engine promises: at most ``thinking_tokens`` tokens before the thought is made to close,
+    and at most ``thinking_tokens`` + the format's room in all (see ``Engine.room_tokens``); never an empty answer.
+
+    ``index`` numbers the requests of a problem in the order in which its policy issued them; with the run seed and the problem's
+    id it fixes ``seed``. ``prefix`` is text already written that the engine continues. ``signals`` names confidence measures to
+    compute ("mean-logprob", "self-certainty"). ``effort`` in (0, 1] goes into the chat template of models that know it.
+    """
+
+    problem: Problem
+    index: int
+    seed: int
+    thinking_tokens: int
+    sampling: Sampling = Sampling()
+    prefix: str = ""
+    signals: tuple[str, ...] = ()
+    effort: float | None = None
+    kv_budget: int | None = None
+    kv_method: str | None = None
+
+    def digest(self) -> str:
+        """A fingerprint of all that shapes the sample: what a resumed run compares before it trusts a recorded branch."""
+        parts = (
+            self.problem.id, self.index, self.seed, self.sampling, self.prefix,
+            self.effort, self.kv_budget, self.kv_method,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine made of a request, in the engine's own counts.
+
+    ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans). ``weight_reads`` is the branch's share of the
+    engine's passes over the weights: the sum over its steps of 1 / (sequences in that step), None where the engine can't see its
+    batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None unless the request asked for them.
+    """
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    generated_tokens: int
+    forced_tokens: int = 0
+    cached_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    closed: bool = False
+    weight_reads: float | None = None
+    mean_logprob: float | None = None
+    self_certainty: float | None = None
+    error: str = ""
+
+    @property
+    def output_tokens(self) -> int:
+        return self.generated_tokens + self.forced_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a piece of work cost. Tokens by kind; FLOPs, bytes and eFLOPs by the ``full`` convention, and eFLOPs by ``kinetics``
+    (DESIGN section 5); wall seconds of the branch; dollars where a price was given. Charges add."""
+
+    tokens_generated: int = 0
+    tokens_forced: int = 0
+    tokens_probe: int = 0
+    tokens_judge: int = 0
+    tokens_prompt: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    eflops: float = 0.0
+    eflops_kinetics: float = 0.0
+    seconds: float = 0.0
+    dollars: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """What a token budget counts: generated, forced, probe and judge tokens; prompt tokens are apart."""
+        return self.tokens_generated + self.tokens_forced + self.tokens_probe + self.tokens_judge
+
+    def __add__(self, other: Charge) -> Charge:
+        return Charge(*(getattr(self, name) + getattr(other, name) for name in CHARGE_FIELDS))
+
+
+CHARGE_FIELDS = tuple(Charge.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A finished request. ``answer`` is what was extracted (None: nothing could be); ``vote`` the representative of its class of
+    equal answers, by the verifier's own notion of equality; ``finish`` "denied" means the budget could not pay for it."""
+
+    problem_id: str
+    index: int
+    seed: int
+    completion: Completion
+    answer: str | None
+    vote: str | None
+    charge: Charge = Charge()
+
+    @property
+    def finish(self) -> Finish:
+        return self.completion.finish
+
+    @property
+    def usable(self) -> bool:
+        """True if the branch ended by itself or was made to answer, and an answer was found in it."""
+        return self.vote is not None and self.finish in ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Work: sample these requests. The driver starts as many as the budget can pay for, waits for them and replies with a branch
+    each, in request order. ``until`` sees the branches finished so far after each arrival; once it is true the rest are cancelled
+    (and charged for what they used). ``why`` goes into the decision log."""
+
+    requests: tuple[Request, ...]
+    until: Callable[[Sequence[Branch]], bool] | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Work: score these branches with the run's reward model. The reply's ``scores`` are in the order given."""
+
+    branches: tuple[Branch, ...]
+    why: str = ""
+
+
+Work = Generate | Score
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the driver sends back for a piece of work. ``remaining`` is what is left of the scope's budget, in its unit."""
+
+    branches: tuple[Branch, ...] = ()
+    scores: tuple[float, ...] = ()
+    remaining: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A policy's last word on a problem. ``votes`` maps each answer to its weight; ``stop`` says why it ended."""
+
+    answer: str | None
+    stop: str
+    votes: Mapping[str, float] = field(default_factory=dict)
+
+
+Routine = Generator[Work, Reply, Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What a policy may know when it starts on a problem: no clock, no engine, no prices but these.
+
+    ``max_thinking_tokens`` is the longest thought that the context allows beside this prompt and the room for an answer.
+    """
+
+    seed: int
+    max_thinking_tokens: int
+    sampling: Sampling
+    budget_amount: float = float("inf")
+    budget_unit: str = "tokens"
+    budget_scope: str = "problem"
+    effort: float | None = None
+    kv_budget: int | None = None
+    kv_method: str | None = None
+
+    def request(self, problem: Problem, index: int, **changes: Any) -> Request:
+        """The run's standard request for one more branch of ``problem``; ``changes`` override its fields."""
+        settings: dict[str, Any] = {
+            "seed": seed_for(self.seed, problem.id, index),
+            "thinking_tokens": self.max_thinking_tokens,
+            "sampling": self.sampling,
+            "effort": self.effort,
+            "kv_budget": self.kv_budget,
+            "kv_method": self.kv_method,
+        }
+        return Request(problem, index, **(settings | changes))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A line of the decision log: what was bought or refused for a problem, why, and the most it could cost (budget unit)."""
+
+    problem_id: str
+    what: str
+    why: str
+    price: float
+    remaining: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that is known of one problem when it is done. ``error`` is "" unless the problem failed."""
+
+    problem_id: str
+    answer: str | None
+    verdict: Verdict | None
+    branches: tuple[Branch, ...]
+    charge: Charge
+    stop: str
+    seed: int
+    votes: Mapping[str, float] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+    error: str = ""
+
+
+class Interval(NamedTuple):
+    """A two-sided 95 % confidence interval."""
+
+    low: float
+    high: float
