@@ -1,0 +1,316 @@
+"""What decoding costs: ``kinetics`` (the paper's equations) and ``full`` (ours), in FLOPs and bytes.
+
+Sources: Kinetics, arXiv 2506.05333, equations (1)-(4) and (8)-(10). Every argument may be a number or a
+numpy array (they broadcast); numbers in give Python floats out, without numpy. Raises InputError on
+negative or NaN arguments.
+
+Both are additive in ``start_tokens``: f(0, a) + f(a, b) = f(0, a + b) for a > 0, where f(s, k) prices the
+k tokens after the s-th. So "k more tokens for a branch that has t" is ``full(..., start_tokens=t,
+generated_tokens=k)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ttc.costmodel.shapes import ModelShape
+from ttc.errors import InputError
+
+if TYPE_CHECKING:
+    from ttc.costmodel.hardware import Hardware
+
+KINETICS_INTENSITY = 562.5  # FLOP/byte: B200 FP8 peak over its bandwidth, the constant of the paper's scripts
+_NUMBERS = (int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs done and bytes moved; adds, scales, and prices itself in eFLOPs."""
+
+    flops: Any = 0.0
+    bytes: Any = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.flops - other.flops, self.bytes - other.bytes)
+
+    def __mul__(self, factor: Any) -> Cost:
+        return Cost(self.flops * factor, self.bytes * factor)
+
+    __rmul__ = __mul__
+
+    def eflops(self, intensity: float | Hardware = KINETICS_INTENSITY) -> Any:
+        """FLOPs + I·bytes, Kinetics eq. (3); I in FLOP/byte, or a Hardware (its default precision)."""
+        factor = intensity if isinstance(intensity, _NUMBERS) else intensity.intensity()
+        return self.flops + factor * self.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMethod:
+    """How a sparse method spends: the vectors it scores per page (0: no search), the layers it leaves
+    dense, and the tokens it reads on top of the KV budget (sinks and recent window, where the budget does
+    not contain them)."""
+
+    name: str
+    summaries: int = 0
+    dense_layers: int = 0
+    extra_tokens: int = 0
+
+
+METHODS: Mapping[str, SparseMethod] = MappingProxyType(
+    {
+        m.name: m
+        for m in (
+            SparseMethod("oracle"),  # exact top-k at no search cost: Kinetics' upper bound
+            SparseMethod("local"),  # recent window, sinks inside the budget (StreamingLLM)
+            SparseMethod("streaming"),
+            SparseMethod("power"),  # static blocks at distances 2^i (PowerAttention)
+            SparseMethod("block", summaries=1),  # mean key per page, Kinetics eq. (9)
+            SparseMethod("mean", summaries=1),
+            SparseMethod("meanmax", summaries=2),
+            SparseMethod("quest", summaries=2),  # channel-wise minimum and maximum per page
+        )
+    }
+)
+
+
+def kinetics(
+    shape: ModelShape,
+    *,
+    prompt_tokens: Any,
+    generated_tokens: Any,
+    samples: Any = 1,
+    kv_budget: Any = None,
+    kv_block: Any = None,
+    method: str | SparseMethod | None = None,
+    start_tokens: Any = 0,
+) -> Cost:
+    """Kinetics eq. (1), (2): N chains of L tokens over one prompt; sparse by eq. (8), (9). FLOPs and bytes
+    (16-bit KV).
+
+    With D = KV elements per token, r the GQA ratio, P active parameters:
+      FLOPs = 2 P N L + 2 r D N S,           S = L_in L + L²/2, tokens attended per chain
+      bytes = 2 D (L_in L + N L²/2)          prompt reads shared over N; no weight reads, no prefill
+    Sparse: until the context holds B tokens decoding is dense; from there each token reads B, unshared
+    (eq. 8), and scores the summaries of context/Block pages with keys only (eq. 9, with the r that its
+    compute term lacks in print). So S is the exact integral of min(L_in + t, B): for L_in >= B eq. (8) to
+    the letter, for a budget that never binds eq. (4).
+    """
+    arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
+    rule = _rule(kv_budget, kv_block, method)
+    pair_flops, read_bytes = shape.pair_flops, 2.0 * shape.kv_elements
+    end = start_tokens + generated_tokens
+    if rule is None:
+        own = (end * end - start_tokens * start_tokens) / 2
+        shared = prompt_tokens * generated_tokens
+        pairs, reads, search, search_reads = shared + own, shared + samples * own, 0.0, 0.0
+    else:
+        cap = kv_budget + rule.extra_tokens
+        low, high = _bounds(arrays or not isinstance(cap, _NUMBERS) or not isinstance(kv_block, _SCALAR))
+        dense = high(low(cap - prompt_tokens - start_tokens, generated_tokens), 0)
+        full_at = start_tokens + dense
+        own = (full_at * full_at - start_tokens * start_tokens) / 2
+        shared = prompt_tokens * dense
+        capped = cap * (generated_tokens - dense)
+        pairs, reads = shared + own + capped, shared + samples * (own + capped)
+        search = search_reads = 0.0
+        if rule.summaries:
+            prompt_pages = prompt_tokens * (generated_tokens - dense)
+            own_pages = (end * end - full_at * full_at) / 2
+            scale = 0.5 * rule.summaries / kv_block
+            search, search_reads = (
+                scale * (prompt_pages + own_pages),
+                scale * (prompt_pages + samples * own_pages),
+            )
+    linear = 2.0 * shape.kinetics_params * generated_tokens
+    return Cost(samples * (linear + pair_flops * (pairs + search)), read_bytes * (reads + search_reads))
+
+
+def full(
+    shape: ModelShape,
+    *,
+    prompt_tokens: Any,
+    generated_tokens: Any,
+    samples: Any = 1,
+    cached_prompt_tokens: Any = 0,
+    start_tokens: Any = 0,
+    batch: Any = None,
+    weight_reads: Any = None,
+    kv_budget: Any = None,
+    kv_block: Any = None,
+    method: str | SparseMethod | None = None,
+    tensor_parallel: int = 1,
+) -> Cost:
+    """Ours: everything an engine does for N chains of L tokens over one prompt. FLOPs and bytes, exact
+    discrete sums.
+
+    Prefill, once for all N, of the prompt tokens that no cache holds; its logits give each chain's first
+    token. Token j >= 2 is one decode step over a context of prompt + j - 1 tokens (itself included), in
+    which every layer reads the KV that it attends to (all, its window, or min(context, budget) under a
+    sparse method), writes one token's KV, and multiplies the active parameters. A sparse layer whose
+    context exceeds the budget also scores summaries x ceil(context/block) page vectors. A step is shared
+    by ``batch`` sequences (default: the N samples), so a forward carries 1/batch of a pass over the
+    weights (MoE: over the experts that a batch is expected to touch); ``weight_reads`` gives the measured
+    number of passes instead. ``start_tokens`` > 0 prices the tokens after the start_tokens-th alone,
+    without prefill. ``tensor_parallel`` replicates KV heads that are fewer than the devices; bytes are
+    summed over the devices.
+    """
+    arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
+    rule = _rule(kv_budget, kv_block, method)
+    if not arrays:
+        arrays = not (
+            isinstance(cached_prompt_tokens, _NUMBERS)
+            and isinstance(batch, _SCALAR)
+            and isinstance(weight_reads, _SCALAR)
+            and isinstance(kv_budget, _SCALAR)
+            and isinstance(kv_block, _SCALAR)
+        )
+    low, high = _bounds(arrays)
+    started = high(low(start_tokens, 1), 0)  # 1 where a token exists already, so that prefill is past
+    first = 1 - started
+    steps = high(generated_tokens - first, 0)
+    context = prompt_tokens + high(start_tokens, 1) - 1  # tokens attended at decode step i are context + i
+
+    flops = steps * shape.token_flops
+    kv_reads = 0.0  # in elements
+    for layers, window in shape.attention:
+        if window is not None or rule is None:
+            pairs = _sum_min(context, steps, window, low, high)
+            flops = flops + layers * shape.pair_flops_per_layer * pairs
+            kv_reads = kv_reads + layers * shape.kv_elements_per_layer * pairs
+            continue
+        sparse_layers = max(0, layers - rule.dense_layers)
+        dense_pairs = _sum_min(context, steps, None, low, high)
+        cap = kv_budget + rule.extra_tokens
+        pairs = (layers - sparse_layers) * dense_pairs + sparse_layers * _sum_min(
+            context, steps, cap, low, high
+        )
+        flops = flops + shape.pair_flops_per_layer * pairs
+        kv_reads = kv_reads + shape.kv_elements_per_layer * pairs
+        if rule.summaries:
+            unsearched = high(low(cap - context, steps), 0)
+            pages = _sum_pages(context + steps, kv_block) - _sum_pages(context + unsearched, kv_block)
+            scored = sparse_layers * rule.summaries * pages
+            flops = flops + shape.key_pair_flops_per_layer * scored
+            kv_reads = kv_reads + shape.key_elements_per_layer * scored
+    copies = max(1, tensor_parallel // shape.kv_heads) if tensor_parallel > 1 else 1
+    kv_element_bytes = shape.kv_bytes_per_element * copies
+    moved = kv_reads * kv_element_bytes + steps * shape.kv_bytes * copies
+    if shape.state_elements:
+        moved = moved + steps * 2 * shape.state_elements * shape.kv_bytes_per_element
+    flops, moved = samples * flops, samples * moved
+
+    fresh = (prompt_tokens - cached_prompt_tokens) * first
+    prefills = high(low(fresh, 1), 0)
+    for layers, window in shape.attention:
+        pairs = _sum_min(cached_prompt_tokens, fresh, window, low, high)
+        flops = flops + layers * shape.prefill_pair_flops_per_layer * pairs
+        moved = (
+            moved + prefills * layers * shape.kv_elements_per_layer * kv_element_bytes * cached_prompt_tokens
+        )
+    body_flops = shape.token_flops - 2.0 * shape.head_params
+    flops = flops + fresh * body_flops + prefills * 2.0 * shape.head_params
+    moved = moved + fresh * shape.kv_bytes * copies
+
+    decodes = samples * steps
+    forwards = decodes + prefills
+    if weight_reads is not None:
+        batch = (
+            forwards / high(weight_reads, 1e-300)
+            if arrays
+            else (forwards / weight_reads if weight_reads else 1.0)
+        )
+    elif batch is None:
+        batch = high(samples, 1)
+    if shape.experts:
+        crowd = high(fresh, batch)
+        weights = decodes * shape.step_weight_bytes(batch) + prefills * shape.step_weight_bytes(crowd)
+    else:
+        weights = forwards * shape.step_weight_bytes(batch)
+    return Cost(flops, moved + weights / high(batch, 1e-300))
+
+
+_SCALAR = (int, float, type(None))
+
+
+def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tokens: Any) -> bool:
+    """True if any argument is an array; raises on a negative or NaN one."""
+    if (
+        isinstance(prompt_tokens, _NUMBERS)
+        and isinstance(generated_tokens, _NUMBERS)
+        and isinstance(samples, _NUMBERS)
+        and isinstance(start_tokens, _NUMBERS)
+    ):
+        if prompt_tokens >= 0 and generated_tokens >= 0 and samples >= 0 and start_tokens >= 0:
+            return False
+        arrays = False
+    else:
+        arrays = True
+    named = {
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated_tokens,
+        "samples": samples,
+        "start_tokens": start_tokens,
+    }
+    for name, value in named.items():
+        least = value if isinstance(value, _NUMBERS) else value.min() if value.size else 0
+        if not least >= 0:
+            raise InputError(f"{name} is {least}; it must be 0 or more")
+    return arrays
+
+
+def _rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> SparseMethod | None:
+    """The sparse method in force: None is dense; a budget alone is the oracle, with a block size block
+    top-k."""
+    if kv_budget is None:
+        return None
+    if method == "dense":
+        return None
+    least = kv_budget if isinstance(kv_budget, _NUMBERS) else kv_budget.min()
+    if not least >= 1:
+        raise InputError(f"kv_budget is {least}; give 1 or more tokens, or leave it out for dense attention")
+    if method is None:
+        rule = METHODS["oracle" if kv_block is None else "block"]
+    elif isinstance(method, SparseMethod):
+        rule = method
+    else:
+        found = METHODS.get(method)
+        if found is None:
+            raise InputError(f"kv_method is {method!r}; known: dense, {', '.join(METHODS)}")
+        rule = found
+    if rule.summaries:
+        smallest = 0 if kv_block is None else kv_block if isinstance(kv_block, _NUMBERS) else kv_block.min()
+        if not smallest >= 1:
+            raise InputError(
+                f"kv_block is {kv_block}; method {rule.name!r} searches pages: give their size, e.g. 32"
+            )
+    return rule
+
+
+def _bounds(arrays: bool) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+    if not arrays:
+        return min, max
+    import numpy as np
+
+    return np.minimum, np.maximum
+
+
+def _sum_min(
+    before: Any, steps: Any, cap: Any, low: Callable[[Any, Any], Any], high: Callable[[Any, Any], Any]
+) -> Any:
+    """Sum over i = 1..steps of min(before + i, cap), exactly; cap None is no cap."""
+    if cap is None:
+        return steps * before + steps * (steps + 1) / 2
+    filling = high(low(cap - before, steps), 0)
+    return filling * before + filling * (filling + 1) / 2 + cap * (steps - filling)
+
+
+def _sum_pages(tokens: Any, block: Any) -> Any:
+    """Sum over x = 1..tokens of ceil(x / block), exactly."""
+    whole = tokens // block
+    return block * whole * (whole + 1) / 2 + (tokens - whole * block) * (whole + 1)
