@@ -11,6 +11,7 @@ generated_tokens=k)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,8 +23,11 @@ from ttc.errors import InputError
 if TYPE_CHECKING:
     from ttc.costmodel.hardware import Hardware
 
+KV_BLOCK_TOKENS = 32  # page size of a searching method where none is given
 KINETICS_INTENSITY = 562.5  # FLOP/byte: B200 FP8 peak over its bandwidth, the constant of the paper's scripts
 _NUMBERS = (int, float)
+_SCALARS = (int, float, type(None))
+_NO_CAP = 1e18  # stands for a KV budget of infinity (dense), which an array of budgets may hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ def kinetics(
     """
     arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
     rule = _rule(kv_budget, kv_block, method)
+    block = KV_BLOCK_TOKENS if kv_block is None else kv_block
     pair_flops, read_bytes = shape.pair_flops, 2.0 * shape.kv_elements
     end = start_tokens + generated_tokens
     if rule is None:
@@ -110,8 +115,9 @@ def kinetics(
         shared = prompt_tokens * generated_tokens
         pairs, reads, search, search_reads = shared + own, shared + samples * own, 0.0, 0.0
     else:
-        cap = kv_budget + rule.extra_tokens
-        low, high = _bounds(arrays or not isinstance(cap, _NUMBERS) or not isinstance(kv_block, _SCALAR))
+        arrays = arrays or not isinstance(kv_budget, _NUMBERS) or not isinstance(kv_block, _SCALARS)
+        low, high = _bounds(arrays)
+        cap = low(kv_budget, _NO_CAP) + rule.extra_tokens
         dense = high(low(cap - prompt_tokens - start_tokens, generated_tokens), 0)
         full_at = start_tokens + dense
         own = (full_at * full_at - start_tokens * start_tokens) / 2
@@ -122,7 +128,7 @@ def kinetics(
         if rule.summaries:
             prompt_pages = prompt_tokens * (generated_tokens - dense)
             own_pages = (end * end - full_at * full_at) / 2
-            scale = 0.5 * rule.summaries / kv_block
+            scale = 0.5 * rule.summaries / block
             search, search_reads = (
                 scale * (prompt_pages + own_pages),
                 scale * (prompt_pages + samples * own_pages),
@@ -162,13 +168,14 @@ def full(
     """
     arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
     rule = _rule(kv_budget, kv_block, method)
+    block = KV_BLOCK_TOKENS if kv_block is None else kv_block
     if not arrays:
         arrays = not (
             isinstance(cached_prompt_tokens, _NUMBERS)
-            and isinstance(batch, _SCALAR)
-            and isinstance(weight_reads, _SCALAR)
-            and isinstance(kv_budget, _SCALAR)
-            and isinstance(kv_block, _SCALAR)
+            and isinstance(batch, _SCALARS)
+            and isinstance(weight_reads, _SCALARS)
+            and isinstance(kv_budget, _SCALARS)
+            and isinstance(kv_block, _SCALARS)
         )
     low, high = _bounds(arrays)
     started = high(low(start_tokens, 1), 0)  # 1 where a token exists already, so that prefill is past
@@ -186,7 +193,7 @@ def full(
             continue
         sparse_layers = max(0, layers - rule.dense_layers)
         dense_pairs = _sum_min(context, steps, None, low, high)
-        cap = kv_budget + rule.extra_tokens
+        cap = low(kv_budget, _NO_CAP) + rule.extra_tokens
         pairs = (layers - sparse_layers) * dense_pairs + sparse_layers * _sum_min(
             context, steps, cap, low, high
         )
@@ -194,7 +201,7 @@ def full(
         kv_reads = kv_reads + shape.kv_elements_per_layer * pairs
         if rule.summaries:
             unsearched = high(low(cap - context, steps), 0)
-            pages = _sum_pages(context + steps, kv_block) - _sum_pages(context + unsearched, kv_block)
+            pages = _sum_pages(context + steps, block) - _sum_pages(context + unsearched, block)
             scored = sparse_layers * rule.summaries * pages
             flops = flops + shape.key_pair_flops_per_layer * scored
             kv_reads = kv_reads + shape.key_elements_per_layer * scored
@@ -223,7 +230,7 @@ def full(
         batch = (
             forwards / high(weight_reads, 1e-300)
             if arrays
-            else (forwards / weight_reads if weight_reads else 1.0)
+            else (forwards / weight_reads if weight_reads else math.inf)
         )
     elif batch is None:
         batch = high(samples, 1)
@@ -233,9 +240,6 @@ def full(
     else:
         weights = forwards * shape.step_weight_bytes(batch)
     return Cost(flops, moved + weights / high(batch, 1e-300))
-
-
-_SCALAR = (int, float, type(None))
 
 
 def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tokens: Any) -> bool:
@@ -271,9 +275,10 @@ def _rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> S
         return None
     if method == "dense":
         return None
-    least = kv_budget if isinstance(kv_budget, _NUMBERS) else kv_budget.min()
-    if not least >= 1:
-        raise InputError(f"kv_budget is {least}; give 1 or more tokens, or leave it out for dense attention")
+    for name, value in (("kv_budget", kv_budget), ("kv_block", 1 if kv_block is None else kv_block)):
+        least = value if isinstance(value, _NUMBERS) else value.min()
+        if not least >= 1:
+            raise InputError(f"{name} is {least}; give 1 or more tokens, or leave it out")
     if method is None:
         rule = METHODS["oracle" if kv_block is None else "block"]
     elif isinstance(method, SparseMethod):
@@ -283,12 +288,6 @@ def _rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> S
         if found is None:
             raise InputError(f"kv_method is {method!r}; known: dense, {', '.join(METHODS)}")
         rule = found
-    if rule.summaries:
-        smallest = 0 if kv_block is None else kv_block if isinstance(kv_block, _NUMBERS) else kv_block.min()
-        if not smallest >= 1:
-            raise InputError(
-                f"kv_block is {kv_block}; method {rule.name!r} searches pages: give their size, e.g. 32"
-            )
     return rule
 
 

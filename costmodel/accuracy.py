@@ -1,0 +1,107 @@
+"""Accuracy from recorded branches: coverage and vote curves, with intervals over problems.
+
+Sources: the unbiased coverage 1 - C(S-c, K)/C(S, K) of Brown et al. (arXiv 2407.21787), as used by
+Kinetics for Best-of-N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttc.costmodel.records import Floats, Ints, Pool
+from ttc.errors import InputError
+
+
+class Estimate(NamedTuple):
+    """A mean over problems with its 95 % interval (percentile bootstrap over problems)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def coverage(correct: NDArray[np.int64] | int, samples: int, draws: int) -> Floats:
+    """P(at least one of ``draws`` is correct) for problems with ``correct`` right answers in ``samples``:
+    1 - C(S-c,K)/C(S,K).
+
+    Unbiased, in [0, 1]. Raises InputError when K exceeds S.
+    """
+    if not 1 <= draws <= samples:
+        raise InputError(f"coverage at {draws} of {samples} samples; draw between 1 and {samples}")
+    c = np.atleast_1d(np.asarray(correct, dtype=np.float64))
+    i = np.arange(draws, dtype=np.float64)
+    missing = np.clip((samples - c[:, None] - i) / (samples - i), 0.0, None)  # C(S-c,K)/C(S,K) as a product
+    return np.asarray(1.0 - np.prod(missing, axis=1))
+
+
+def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
+    """P(the majority of ``draws`` branches, drawn without replacement, is the gold answer, code 0); -1
+    abstains.
+
+    Ties count as their fair share. Averages over ``rounds`` seeded draws; exact for draws = 1 and for all
+    branches.
+    """
+    if not 1 <= draws <= codes.size:
+        raise InputError(f"vote of {draws} of {codes.size} samples; draw between 1 and {codes.size}")
+    if draws == 1:
+        return float(np.mean(codes == 0))
+    classes = int(codes.max()) + 1
+    if classes <= 0:
+        return 0.0
+    if draws == codes.size:
+        picked = codes[None, :]
+    else:
+        order = np.random.default_rng(seed).random((rounds, codes.size)).argpartition(draws, axis=1)
+        picked = codes[order[:, :draws]]
+    rows = picked.shape[0]
+    flat = (np.arange(rows)[:, None] * (classes + 1) + np.where(picked < 0, classes, picked)).ravel()
+    counts = np.bincount(flat, minlength=rows * (classes + 1)).reshape(rows, classes + 1)[:, :classes]
+    top = counts.max(axis=1)
+    leaders = (counts == top[:, None]).sum(axis=1)
+    return float(np.mean(np.where((counts[:, 0] == top) & (top > 0), 1.0 / leaders, 0.0)))
+
+
+RULES: dict[str, str] = {"vote": "majority of the answers", "coverage": "any answer right (needs a verifier)"}
+
+
+def pool_accuracy(
+    pool: Pool, *, samples: int, thinking_tokens: float = math.inf, rule: str = "vote", rounds: int = 200
+) -> Floats:
+    """Accuracy of each problem (P,) with ``samples`` branches cut at ``thinking_tokens`` and joined by
+    ``rule``."""
+    if rule not in RULES:
+        raise InputError(f"rule {rule!r} is not known; use {' or '.join(RULES)}")
+    scores = []
+    for index, problem in enumerate(pool.problems):
+        codes = problem.answers_at(thinking_tokens, pool.probe_every)
+        if rule == "coverage":
+            scores.append(float(coverage(int((codes == 0).sum()), codes.size, samples)[0]))
+        else:
+            scores.append(vote(codes, samples, rounds=rounds, seed=index))
+    return np.array(scores)
+
+
+def bootstrap(
+    per_problem: Floats,
+    statistic: Callable[[Floats], float] | None = None,
+    *,
+    rounds: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """The mean over problems (or ``statistic`` of them) with its 95 % percentile interval over resampled
+    problems."""
+    n = per_problem.shape[0]
+    picks = np.random.default_rng(seed).integers(0, n, (rounds, n))
+    if statistic is None:
+        draws = per_problem[picks].mean(axis=1)
+        centre = float(per_problem.mean())
+    else:
+        draws = np.array([statistic(per_problem[p]) for p in picks])
+        centre = statistic(per_problem)
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return Estimate(centre, float(low), float(high))
