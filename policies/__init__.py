@@ -1,0 +1,75 @@
+"""What to buy for a budget. A policy is a frozen dataclass with a ``name`` and one generator method, ``run(problem, brief)``.
+
+``parse`` reads what people write: ``self-consistency``, ``best-of-n?n=16&score=mean-logprob``, or ``package.module:Class?key=value``
+for a policy of your own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any, cast
+from urllib.parse import parse_qsl
+
+from ttc.driver import Policy
+from ttc.errors import InputError
+from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
+
+POLICIES: dict[str, type[Any]] = {
+    "best-of-n": BestOfN,
+    "greedy": Greedy,
+    "self-consistency": SelfConsistency,
+    "weighted-vote": WeightedVote,
+}
+
+
+def parse(text: str) -> Policy:
+    """A policy from its name and options. Raises InputError for an unknown name, option or value, naming the valid ones."""
+    name, _, query = text.partition("?")
+    kind = _imported(name) if ":" in name else POLICIES.get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"policy: unknown policy {name!r}; {hint}use one of {', '.join(POLICIES)}, or package.module:Class")
+    options = {key: value for key, value in parse_qsl(query, keep_blank_values=True)}
+    fields = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise InputError(f"policy: {name} has no option {key!r}; it takes {', '.join(fields) or 'none'}")
+        values[key] = _coerce(name, key, value, fields[key].default)
+    return cast(Policy, kind(**values))
+
+
+def describe(policy: Policy) -> str:
+    """The policy as ``parse`` would read it: its name and every option, for run.json."""
+    if not dataclasses.is_dataclass(policy):
+        return policy.name
+    options = "&".join(f"{f.name}={getattr(policy, f.name)}" for f in dataclasses.fields(policy))
+    return f"{policy.name}?{options}" if options else policy.name
+
+
+def _imported(name: str) -> type[Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        return cast("type[Any]", getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"policy: can't import {name!r} ({error}); write package.module:Class of something importable") from error
+
+
+def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
+    """``value`` in the type of the option's default."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if isinstance(default, int):
+            return int(value)
+        if isinstance(default, float):
+            return float(value)
+    except (ValueError, KeyError):
+        raise InputError(f"policy: {policy} wants {type(default).__name__} for {key}, not {value!r}") from None
+    return value
+
+
+__all__ = ["POLICIES", "BestOfN", "Greedy", "Policy", "SelfConsistency", "WeightedVote", "describe", "parse"]

@@ -66,6 +66,7 @@ class Judge(Protocol):
     def answer(self, problem: Problem, text: str) -> str | None: ...
     def vote(self, problem: Problem, answer: str) -> str: ...
     def verdict(self, problem: Problem, answer: str | None) -> Verdict | None: ...
+    def forget(self, problem: Problem) -> None: ...
 
 
 class RewardModel(Protocol):
@@ -165,11 +166,12 @@ class Driver:
         reward: RewardModel | None = None,
         clock: Callable[[], float] = time.monotonic,
         stall_seconds: float = 300.0,
+        on_step: Callable[[Status], None] | None = None,
     ) -> None:
         pricer.check(budget.unit)
         self.engine, self.policy, self.budget, self.judge = engine, policy, budget, judge
         self.ledger, self.pricer, self.base_brief, self.reward = ledger, pricer, brief, reward
-        self.clock, self.stall_seconds = clock, stall_seconds
+        self.clock, self.stall_seconds, self.on_step = clock, stall_seconds, on_step
         self.leased = budget.unit == "eflops" and engine.info.steerable
         self.status = Status()
         self.overrun = 0.0
@@ -293,6 +295,8 @@ class Driver:
         self._watch_stalls(now)
         status = self.status
         status.running, status.seconds = len(self._flights), now - self._begun
+        if self.on_step is not None:
+            self.on_step(status)
 
     def _take(self, report: StepReport, now: float) -> None:
         running = self.status.running_tokens
@@ -605,17 +609,29 @@ class Driver:
     def _finish(self, job: Job, outcome: Outcome) -> None:
         if self._run_account is not None:
             self._run_account.meter.settle(-1 - job.order, 0.0)
-        error = ""
-        verdict: Verdict | None = None
-        try:
-            verdict = self.judge.verdict(job.problem, outcome.answer)
-        except Exception as failure:  # a verifier that breaks costs the verdict, never the run
-            error = f"verifier: {type(failure).__name__}: {failure}"
+        verdict, right, error = self._verdicts(job, outcome.answer)
         if outcome.answer is None and not error:
             failures = [b.completion.error for b in job.branches if b.completion.error]
             error = failures[0] if failures else ""
         stop = "budget" if job.denied and outcome.stop == "samples" else outcome.stop
-        self._close(job, outcome.answer, verdict, stop, outcome.votes, error)
+        self._close(job, outcome.answer, verdict, stop, outcome.votes, error, right)
+
+    def _verdicts(self, job: Job, answer: str | None) -> tuple[Verdict | None, tuple[str, ...], str]:
+        """The verdict on the answer, the votes that are right, and what broke ("": nothing). A verifier that breaks costs the
+        verdict, never the run."""
+        verdict, right, error = None, [], ""
+        votes = dict.fromkeys(b.vote for b in job.branches if b.vote is not None)
+        for candidate in dict.fromkeys((answer, *votes)):
+            try:
+                found = self.judge.verdict(job.problem, candidate)
+            except Exception as failure:
+                error = error or (f"verifier: {type(failure).__name__}: {failure}" if candidate == answer else "")
+                continue
+            if candidate == answer:
+                verdict = found
+            if found is not None and found.correct and candidate is not None:
+                right.append(candidate)
+        return verdict, tuple(right), error
 
     def _fail(self, job: Job, error: str) -> None:
         job.failed = error
@@ -638,7 +654,8 @@ class Driver:
         self._done.append(result)
 
     def _close(
-        self, job: Job, answer: str | None, verdict: Verdict | None, stop: str, votes: Mapping[str, float], error: str
+        self, job: Job, answer: str | None, verdict: Verdict | None, stop: str, votes: Mapping[str, float], error: str,
+        right: tuple[str, ...] = (),
     ) -> None:
         shared = [s for s in job.shared_eflops if s]
         if shared:  # the prompt's KV reads, shared over the problem's branches (Kinetics Eq. 10: times the mean length)
@@ -648,9 +665,10 @@ class Driver:
         charge = replace(job.charge, seconds=seconds if self._run_account is None else job.charge.seconds)
         result = Result(
             job.problem.id, answer, verdict, tuple(job.branches), charge, stop, job.brief.seed,
-            votes=dict(votes), decisions=tuple(job.decisions), error=error,
+            votes=dict(votes), right=right, decisions=tuple(job.decisions), error=error,
         )  # fmt: skip
         self._check_overrun(job)
+        self.judge.forget(job.problem)
         self.ledger.write_result(result)
         self._count(result)
         self._done.append(result)

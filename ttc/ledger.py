@@ -182,6 +182,7 @@ def result_to_json(result: Result) -> dict[str, Any]:
         "verdict": _without_defaults(result.verdict) if result.verdict is not None else None,
         "stop": result.stop,
         "votes": dict(result.votes),
+        "right": list(result.right),
         "samples": sum(b.finish != "denied" for b in result.branches),
         "charge": _without_defaults(result.charge),
         "seed": result.seed,
@@ -200,6 +201,7 @@ def result_from_json(row: Mapping[str, Any]) -> Result:
         stop=row["stop"],
         seed=row["seed"],
         votes=row["votes"],
+        right=tuple(row["right"]),
         error=row["error"],
     )
 

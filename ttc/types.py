@@ -271,7 +271,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All that is known of one problem when it is done. ``error`` is "" unless the problem failed."""
+    """All that is known of one problem when it is done. ``right`` lists the votes that were verified as correct (any branch with
+    such a vote would have answered rightly); ``error`` is "" unless the problem failed."""
 
     problem_id: str
     answer: str | None
@@ -281,8 +282,14 @@ class Result:
     stop: str
     seed: int
     votes: Mapping[str, float] = field(default_factory=dict)
+    right: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     error: str = ""
+
+    @property
+    def cost(self) -> Charge:
+        """All that the problem cost, in every unit."""
+        return self.charge
 
 
 class Interval(NamedTuple):

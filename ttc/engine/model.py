@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from ttc.errors import InputError
 from ttc.types import AnswerFormat, Sampling
 
 _HASHED_WEIGHTS_BYTES = 64 * 2**20
+_THINKING_MARGIN = 8
+"""Default thinking cap over a model's typical length: what only runaway chains exceed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """``path`` is what an engine loads (a folder, or the hub id itself); ``context`` 0 if the config does not say."""
+    """``path`` is what an engine loads (a folder, or the hub id itself); ``context`` 0 if the config does not say;
+    ``thinking_tokens`` a default cap (0: unknown)."""
 
     name: str
     path: str
@@ -31,6 +34,7 @@ class ModelFiles:
     format: AnswerFormat
     sampling: Sampling
     context: int
+    thinking_tokens: int
     identity: Mapping[str, str]
 
 
@@ -55,6 +59,7 @@ def load_model_files(model: str) -> ModelFiles:
         format=_format(folder, card),
         sampling=_sampling(folder, card),
         context=int(config.get("max_position_embeddings") or 0),
+        thinking_tokens=_THINKING_MARGIN * int(card.get("typical_thinking_tokens", 0)),
         identity={"model": str(card.get("name", model)), "weights": _digest(folder)},
     )
 
@@ -91,7 +96,8 @@ def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 def _format(folder: Path, card: Mapping[str, Any]) -> AnswerFormat:
     if "format" in card:
-        return AnswerFormat(**card["format"])
+        known = {f.name for f in fields(AnswerFormat)}  # a card may tell more (triggers, efforts) than this version reads
+        return AnswerFormat(**{key: value for key, value in card["format"].items() if key in known})
     from ttc.answers import detect_format
 
     template = folder / "chat_template.jinja"

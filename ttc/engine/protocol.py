@@ -34,6 +34,7 @@ class EngineInfo:
     steerable: bool
     shape: ModelShape | None = None
     prompt_passes: int = 1
+    thinking_tokens: int = 0
     signals: tuple[str, ...] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
 

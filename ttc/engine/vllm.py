@@ -8,6 +8,7 @@ request; asking for log-probabilities compiles for half a minute, so confidence 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -25,7 +26,9 @@ from ttc.types import Completion, Finish, Problem, Request
 if TYPE_CHECKING:
     from ttc.engine.control import Control
 
+_KEYS = itertools.count(1)
 QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -81,13 +84,13 @@ class VLLMEngine:
             sampling=self.files.sampling,
             steerable=True,
             shape=self.files.shape,
+            thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty"),
             identity={**self.files.identity, "vllm": _vllm_version(), "dtype": str(config.dtype).removeprefix("torch.")},
         )
         self._running: dict[int, _Running] = {}
         self._ended: list[tuple[int, Completion]] = []
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
-        self._next_key = 0
 
     # -- start-up ---------------------------------------------------------------------------------------------------------
     def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
@@ -104,6 +107,7 @@ class VLLMEngine:
             "enable_prefix_caching": True,
             "async_scheduling": False,  # the processor reads each token before the next step
             "disable_log_stats": False,  # the counters are vLLM's own
+            "use_tqdm_on_load": False,
             "generation_config": "vllm",  # sampling is the request's, never the model folder's
         }
         if on_cpu:
@@ -165,14 +169,13 @@ class VLLMEngine:
         from ttc.engine.control import CONTROLS, Control, instructions
 
         ids = self._prompt_ids(request.problem, request.effort) + self._ids(request.prefix)
-        self._next_key += 1
         control = Control(
             due=request.thinking_tokens,
             think_close=self._end_ids,
             close=self._close_ids,
             lead=self._lead_ids,
             signals=bool(request.signals),
-            key=(id(self) << 32) + self._next_key,
+            key=next(_KEYS),
         )
         try:
             params = self._params(request, instructions(control))

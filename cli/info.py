@@ -1,0 +1,150 @@
+"""``ttc models``, ``ttc doctor`` and ``ttc train``: what is here, does it work, make more of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+train_app = typer.Typer(no_args_is_help=True, help="Train what ttc ships.", add_completion=False)
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the embedded reasoners."""
+    from ttc import nano
+
+    known = nano.catalog()
+    if as_json:
+        rows = [
+            {"name": m.name, "path": str(m.path), "params": m.params, "context": m.context, "tasks": list(m.tasks)} for m in known
+        ]
+        print(json.dumps(rows))
+        return
+    from rich.table import Table
+
+    from ttc.cli.render import stdout
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading, justify in (("name", "left"), ("parameters", "right"), ("context", "right"), ("tasks", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for m in known:
+        table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", "\n".join(m.tasks))
+    stdout.print(table)
+    stdout.print("A folder with a Hugging Face model, or a hub id, works wherever a name does.")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the doctor: ``ok`` None means: not there, and only needed for what ``detail`` says."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model for the self-test.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is installed, which engine can start, and a self-test that caps are honoured."""
+    checks = [*_packages(), _plugin(), *_machine()]
+    checks += _self_test(model)
+    failed = any(check.ok is False for check in checks)
+    if as_json:
+        print(json.dumps({"ok": not failed, "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in checks]}))
+    else:
+        from rich.text import Text
+
+        from ttc.cli.render import stdout
+
+        for check in checks:
+            mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}[check.ok]
+            stdout.print(Text.assemble((mark, style), f" {check.name:22} {check.detail}"), soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _packages() -> list[Check]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    wanted = {
+        "torch": "the engine, training", "vllm": "solving on this machine", "transformers": "the engine", "math_verify": "the math verifier",
+        "reasoning_gym": "rg: tasks", "datasets": "hf: tasks", "trl": "training", "ray": "several machines", "matplotlib": "plots",
+    }  # fmt: skip
+    checks = []
+    for module, use in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            checks.append(Check(module, None, f"not installed; needed for {use}"))
+            continue
+        for name in (module, f"{module}-cpu", module.replace("_", "-")):
+            try:
+                checks.append(Check(module, True, version(name)))
+                break
+            except PackageNotFoundError:
+                continue
+    return checks
+
+
+def _plugin() -> Check:
+    from ttc.engine.vllm import plugin_installed
+
+    if plugin_installed():
+        return Check("control plugin", True, "vLLM will load ttc's logits processor")
+    return Check("control plugin", False, "vLLM will not find ttc's logits processor: install the package (pip install -e .), a path is not enough")
+
+
+def _machine() -> list[Check]:
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = "an NVIDIA device" if Path("/dev/nvidia0").exists() else "no GPU: vLLM's CPU build is used"
+    return [Check("machine", True, f"{platform.machine()}, {os.cpu_count()} cores, {gib:.0f} GiB; {gpu}")]
+
+
+def _self_test(model: str | None) -> list[Check]:
+    """Start the engine; a thought capped at 8 tokens must close there and still answer, and a token budget must hold."""
+    from ttc.api import DEFAULT_MODEL, Run, Settings, start_engine
+    from ttc.errors import TTCError
+    from ttc.problems import from_text
+
+    try:
+        engine: Any = start_engine(model or DEFAULT_MODEL, concurrency=8)
+    except TTCError as error:
+        return [Check("engine", False, str(error))]
+    try:
+        info = engine.info
+        checks = [Check("engine", True, f"{info.name} runs {info.model}, context {info.context:,}, {info.concurrency} branches at once")]
+        settings = Settings(policy="self-consistency?n=8", budget="2k tokens", max_thinking_tokens=8)
+        run = Run(from_text("State the final answer to the following arithmetic problem: 12 + 3 - 4 + 9 - 5 ="), engine, settings)
+        result = next(iter(list(run.results())))
+        cap = 8 + engine.room_tokens
+        longest = max(b.completion.output_tokens for b in result.branches)
+        empty = sum(not b.answer for b in result.branches)
+        forced = sum(b.completion.forced_tokens for b in result.branches)
+        kept = longest <= cap and not empty
+        checks.append(Check("caps", kept, f"8 branches, longest {longest} of at most {cap} tokens, {forced} forced, {empty} empty answers"))
+        ledger, counted = run.status.charge.tokens, engine.counters().output_tokens
+        checks.append(Check("ledger", ledger == counted, f"{ledger} tokens charged, {counted} counted by the engine"))
+        return checks
+    except TTCError as error:
+        return [Check("self-test", False, str(error))]
+    finally:
+        engine.close()
+
+
+@train_app.command("reasoner")
+def train_reasoner(
+    size: Annotated[str, typer.Option(help="xs, s, m or l.")] = "s",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where checkpoints and the model go; resumed if it is there.")] = Path("runs/reasoner"),
+    minutes: Annotated[float | None, typer.Option(help="Stop after this long (the size's own if not given).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the data and the initial weights.")] = 0,
+) -> None:
+    """Train an embedded reasoner from nothing."""
+    from ttc.rl import reasoner
+
+    reasoner.train(size=size, out=out, minutes=minutes, seed=seed)

@@ -1,0 +1,65 @@
+"""The ``ttc`` command: registers the commands and turns errors into one line and an exit code.
+
+Exit codes: 0 done; 2 bad input; 3 stopped by the user or a signal, everything so far saved; 1 anything else. Nothing here imports
+torch, vLLM, ray or transformers, and each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ttc.cli import info, measure, solve
+from ttc.errors import InputError, TTCError
+
+EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
+
+app = typer.Typer(
+    name="ttc",
+    help="Spend a hard budget of tokens, eFLOPs, seconds or dollars where it buys the most correct answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("solve")(solve.solve)
+app.command("demo")(solve.demo)
+app.command("models")(info.models)
+app.command("doctor")(info.doctor)
+app.add_typer(measure.app, name="bench")
+app.add_typer(info.train_app, name="train")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from ttc import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except InputError as error:
+        sys.exit(_say(error, EXIT_BAD_INPUT))
+    except TTCError as error:
+        sys.exit(_say(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped", EXIT_STOPPED))
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _say(error: object, code: int) -> int:
+    print(f"ttc: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""``ttc bench``: measurements, each side by side in one run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure ttc against bare engines and peers, side by side in one run.", add_completion=False)
+
+
+@app.command("overhead")
+def overhead(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")] = None,
+    problems: Annotated[int, typer.Option(help="Problems.")] = 40,
+    samples: Annotated[int, typer.Option(help="Samples for each.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
+    http: Annotated[bool, typer.Option("--http/--no-http", help="Also through vLLM's server: plain client and its_hub.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Tokens a second of self-consistency through ttc over those of bare vLLM, for the same prompts and lengths."""
+    from ttc.bench import overhead as measured
+
+    measured.main(model=model, problems=problems, samples=samples, rounds=rounds, http=http, as_json=as_json)

@@ -1,0 +1,167 @@
+"""How a run looks: live progress on stderr, results and the closing table. Words and scaling of units, no logic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from ttc.budget import Budget, format_amount
+from ttc.pricing import spent_in
+from ttc.summary import wilson
+
+if TYPE_CHECKING:
+    from ttc.driver import Status
+    from ttc.types import Problem, Result
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+_REFRESH_SECONDS = 0.2
+
+
+class _Facts(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["facts"]))
+
+
+class Live:
+    """Progress of a run: problems done, spent against budget, tokens a second, accuracy so far. Use as a context manager and pass
+    ``update`` as the run's ``on_step``. On a terminal a live line; else a plain line every ten seconds. ``quiet``: nothing."""
+
+    def __init__(self, budget: Budget, problems: int, *, quiet: bool) -> None:
+        self.budget, self.problems, self.quiet = budget, problems, quiet
+        self.console = stderr
+        self._shown = 0.0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Live:
+        if not self.quiet and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("solving"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"), _Facts(),
+                console=self.console, transient=True, refresh_per_second=5,
+            )  # fmt: skip
+            self._task = self._progress.add_task("solve", total=self.problems, facts="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, status: Status) -> None:
+        now = time.monotonic()
+        wait = _REFRESH_SECONDS if self._progress is not None else 10.0
+        if self.quiet or now - self._shown < wait:
+            return
+        self._shown = now
+        if self._progress is not None:
+            self._progress.update(self._task, completed=status.done, facts=self._facts(status))
+        else:
+            self.console.print(f"{status.done}/{status.problems} problems  {self._facts(status)}")
+
+    def _facts(self, status: Status) -> str:
+        unit = self.budget.unit
+        whole = self.budget.amount * (status.problems if self.budget.scope == "problem" else 1)
+        spent = spent_in(unit, status.charge) if unit != "seconds" else status.seconds
+        tokens = status.charge.tokens + status.running_tokens
+        parts = [
+            f"{format_amount(spent, unit)} of {format_amount(whole, unit)}",
+            f"{tokens / status.seconds:,.0f} tok/s" if status.seconds else "",
+            f"{status.running} running",
+        ]
+        if status.scored:
+            low, high = wilson(status.correct, status.scored)
+            parts.append(f"accuracy {status.correct / status.scored:.1%} ({low:.0%} to {high:.0%})")
+        return "  ".join(part for part in parts if part)
+
+
+def print_answer(problem: Problem, result: Result, console: Console = stdout) -> None:
+    """One problem in full: the question, the votes and the answer."""
+    console.print(Text(problem.text, style="dim"))
+    if result.error:
+        console.print(Text(f"failed: {result.error}", style="red"))
+    for answer, weight in sorted(result.votes.items(), key=lambda item: -item[1]):
+        mark = "→" if answer == result.answer else " "
+        console.print(Text(f" {mark} {_short(answer, 60)}  {_weight(weight)}"))
+    verdict = result.verdict
+    said = "" if verdict is None else ("  right" if verdict.correct else f"  wrong, it is {problem.gold}")
+    console.print(Text.assemble("answer: ", (str(result.answer), "bold"), said))
+
+
+def print_line(problem: Problem, result: Result, console: Console = stderr) -> None:
+    """One problem in a line: verdict, answer, votes."""
+    verdict = result.verdict
+    mark, style = ("?", "") if verdict is None else (("✓", "green") if verdict.correct else ("✗", "red"))
+    if result.error:
+        mark, style = "!", "red"
+    votes = "  ".join(f"{_short(a, 14)}×{_weight(w)}" for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4])
+    question = _short(problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 46)
+    line = Text.assemble((mark, style), f" {question:46}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}")
+    if result.error:
+        line.append(f"  {_short(result.error, 70)}", style="red")
+    console.print(line, overflow="ellipsis", no_wrap=True)
+
+
+def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None:
+    """The closing table of a run."""
+    spent, budget = summary["spent"], summary["budget"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    if summary["accuracy"] is not None:
+        low, high = summary["accuracy_ci95"]
+        scored = f"{summary['correct']} of {summary['scored']}"
+        table.add_row("accuracy", f"{summary['accuracy']:.1%}  ({scored} right; 95 % interval {low:.1%} to {high:.1%})")
+    failed = f", {summary['failed']} failed" if summary["failed"] else ""
+    skipped = f", {summary['skipped_rows']} bad rows skipped" if summary["skipped_rows"] else ""
+    resumed = f", {summary['resumed']} of them from the run directory" if summary["resumed"] else ""
+    table.add_row("problems", f"{summary['answered']} of {summary['problems']} answered{failed}{skipped}{resumed}")
+    stops = ", ".join(f"{count} {why}" for why, count in sorted(summary["stopped"].items()))
+    table.add_row("samples", f"{summary['samples']}  (stopped by: {stops})")
+    table.add_row(
+        "tokens",
+        f"{spent['tokens']:,}  ({spent['tokens_generated']:,} generated, {spent['tokens_forced']:,} forced"
+        f"{_kinds(spent)}; prompts {spent['tokens_prompt']:,} apart)",
+    )
+    if spent["flops"]:
+        table.add_row(
+            "compute",
+            f"{format_amount(spent['eflops'], 'eflops')} full, {format_amount(spent['eflops_kinetics'], 'eflops')} kinetics"
+            f"  ({_si(spent['flops'])}FLOPs, {_si(spent['bytes'])}B moved)",
+        )
+    if spent["dollars"]:
+        table.add_row("price", f"${spent['dollars']:.4g}")
+    rate = spent["tokens"] / spent["seconds"] if spent["seconds"] else 0.0
+    table.add_row("time", f"{spent['seconds']:.1f} s  ({rate:,.0f} tokens a second)")
+    whole = format_amount(budget["amount"], budget["unit"])
+    over = f"exceeded by {format_amount(summary['overrun'], budget['unit'])}" if summary["overrun"] else "kept"
+    table.add_row("budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}")
+    console.print(table)
+
+
+def _kinds(spent: Mapping[str, float]) -> str:
+    named = {"probe": spent["tokens_probe"], "judge": spent["tokens_judge"]}
+    return "".join(f", {count:,} {kind}" for kind, count in named.items() if count)
+
+
+def _si(value: float) -> str:
+    for letter, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {letter}"
+    return f"{value:.3g} "
+
+
+def _short(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _weight(weight: float) -> str:
+    return f"{weight:g}" if weight == int(weight) else f"{weight:.3f}"

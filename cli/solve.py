@@ -1,0 +1,242 @@
+"""``ttc solve`` and ``ttc demo``: problems in, answers out, under a hard budget."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ttc.errors import InputError
+
+if TYPE_CHECKING:
+    from ttc.api import Run
+    from ttc.types import Problem, Result
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id.")]
+Engine = Annotated[str, typer.Option("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server).")]
+PolicyOption = Annotated[
+    str,
+    typer.Option("--policy", "-p", help="greedy, self-consistency, best-of-n, weighted-vote; options as 'best-of-n?n=16&score=mean-logprob'."),
+]  # fmt: skip
+BudgetOption = Annotated[
+    str, typer.Option("--budget", "-b", help="'20k tokens', '3e15 eflops', '40 TeFLOPs', '30 s' or '$0.05'; never exceeded.")
+]
+Scope = Annotated[str, typer.Option("--budget-scope", help="'problem': each problem has the budget; 'run': all share it.")]
+Seed = Annotated[int, typer.Option("--seed", help="Every sample's seed is made from this, the problem's id and the sample's index.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no line per problem.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+
+
+def solve(
+    text: Annotated[str | None, typer.Argument(help="A problem, as text.", show_default=False)] = None,
+    input: Annotated[Path | None, typer.Option("--input", "-i", help="A JSONL file: id, prompt or messages, answer.")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="'rg:NAME?k=v&k=v' (reasoning-gym) or 'hf:ID[:SPLIT]'.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="How many problems of the file or task (a task: 100 if not given).")] = None,
+    model: Model = None,
+    engine: Engine = "vllm",
+    policy: PolicyOption = "self-consistency",
+    budget: BudgetOption = "4k tokens",
+    budget_scope: Scope = "problem",
+    seed: Seed = 0,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature (the model's own if not given).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens (0: all).")] = None,
+    max_thinking: Annotated[int | None, typer.Option(help="Tokens after which a thought is made to close.")] = None,
+    effort: Annotated[float | None, typer.Option(help="Relative effort in (0, 1], for models trained for it.")] = None,
+    kv_budget: Annotated[int | None, typer.Option(help="KV tokens read per decoded token (sparse attention).")] = None,
+    kv_method: Annotated[str | None, typer.Option(help="Sparse attention method.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Branches in flight.")] = 64,
+    context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (the model's own if not given).")] = None,
+    shape: Annotated[str | None, typer.Option(help="Model (name or folder) whose shape prices a server's FLOPs.")] = None,
+    intensity: Annotated[float | None, typer.Option(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
+    price_input: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
+    price_output: Annotated[float | None, typer.Option(help="Dollars per million output tokens.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows and too long prompts out, and count them.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Solve problems under a hard budget.
+
+    The same command with the same --out resumes: nothing finished is sampled again.
+    """
+    from ttc.api import DEFAULT_MODEL, Settings
+    from ttc.problems import load
+
+    price = {k: v for k, v in {"usd_per_m_input": price_input, "usd_per_m_output": price_output}.items() if v is not None}
+    settings = Settings(
+        policy=policy, budget=budget, scope=budget_scope, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k,
+        max_thinking_tokens=max_thinking, effort=effort, kv_budget=kv_budget, kv_method=kv_method, intensity=intensity,
+        price=price,
+    )  # fmt: skip
+    settings.check()
+    loaded = load(
+        text=text, input=input, task=task, n=n if n is not None or task is None else 100, seed=seed,
+        skip_bad_rows=skip_bad_rows, verifier=verifier,
+    )  # fmt: skip
+    options: dict[str, Any] = {"concurrency": concurrency}
+    if engine.startswith("openai"):
+        options |= {"shape": _shape(shape)} if shape is not None else {}
+    else:
+        model = model or DEFAULT_MODEL
+        options |= {"context": context}
+    with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
+        from ttc.api import Run
+
+        problems = list(loaded.problems)
+        skipped = list(loaded.skipped)
+        if skip_bad_rows:
+            problems, long = _without_too_long(problems, opened, effort)
+            skipped += long
+        run = Run(problems, opened, settings, out=out, skipped_rows=skipped)
+        results = _follow(run, quiet=quiet or as_json, lines=len(problems) > 1)
+        _close(run, results, as_json=as_json, out=out, single=len(problems) == 1 and text is not None)
+
+
+def demo(
+    n: Annotated[int, typer.Option("--n", help="How many problems.")] = 100,
+    model: Model = None,
+    seed: Seed = 0,
+    budget: BudgetOption = "2k tokens",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Solve reasoning-gym problems with an embedded reasoner: what do eight votes buy over one sample?"""
+    from ttc import nano
+    from ttc.api import DEFAULT_MODEL, Run, Settings
+    from ttc.problems import from_task
+
+    name = model or DEFAULT_MODEL
+    known = {m.name: m for m in nano.catalog()}
+    if name not in known:
+        raise InputError(f"model: the demo runs on an embedded reasoner, not {name!r}; use one of {', '.join(known)}")
+    task = known[name].tasks[0]
+    problems = from_task(task, n, seed)
+    settings = Settings(policy="self-consistency?n=8", budget=budget, seed=seed)
+    settings.check()
+    with _opened(name, "vllm", {"concurrency": 64}, say=not (quiet or as_json)) as opened:
+        run = Run(problems, opened, settings)
+        results = _follow(run, quiet=quiet or as_json, lines=True)
+        if run.interrupted:
+            raise typer.Exit(3)
+        from ttc.cli.render import print_answer, print_summary, stdout
+        from ttc.curves import vote_curve
+
+        curve = vote_curve(results, (1, 2, 4, 8), seed=seed)
+        summary = run.summary() | {"task": task, "votes": [point._asdict() for point in curve]}
+        if as_json:
+            print(json.dumps(summary))
+            return
+        stdout.rule(f"{name} on {task}")
+        first = next((r for r in results if len(r.votes) > 1), results[0])
+        print_answer(next(p for p in problems if p.id == first.problem_id), first)
+        stdout.print()
+        print_summary(summary)
+        stdout.print("\nWhat votes buy (the same samples; 95 % intervals over problems):")
+        for point in curve:
+            bar = "█" * round(40 * point.accuracy)
+            stdout.print(f"  {point.votes} vote{'s' if point.votes > 1 else ' '}  {point.accuracy:6.1%}  ({point.low:.1%} to {point.high:.1%})  {bar}")
+        gain = curve[-1].gain
+        stdout.print(f"  gain of {curve[-1].votes} votes over 1: {gain.mean:+.1%}  ({gain.low:+.1%} to {gain.high:+.1%}, paired)")
+
+
+def _shape(name: str) -> Any:
+    from ttc.costmodel import ModelShape
+
+    return ModelShape.of(name)
+
+
+@contextmanager
+def _opened(model: str, engine: str, options: dict[str, Any], *, say: bool) -> Iterator[Any]:
+    """An open engine; a word on stderr while it starts."""
+    from contextlib import nullcontext
+
+    from ttc.api import start_engine
+    from ttc.cli.render import stderr
+
+    with stderr.status(f"starting {model or engine}") if say else nullcontext():
+        opened = start_engine(model, engine, **options)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _without_too_long(problems: list[Problem], engine: Any, effort: float | None) -> tuple[list[Problem], list[str]]:
+    room = engine.info.context - engine.room_tokens - 1
+    kept, skipped = [], []
+    for problem in problems:
+        tokens = engine.count_prompt(problem, effort)
+        if tokens <= room:
+            kept.append(problem)
+        else:
+            skipped.append(f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves")
+    if not kept:
+        raise InputError(f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one")
+    return kept, skipped
+
+
+def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
+    """Run to the end, or to the first signal, showing progress."""
+    from ttc.cli.render import Live, print_line, stderr
+
+    for notice in run.notices:
+        stderr.print(f"ttc: {notice}")
+    for line in run.skipped_rows:
+        stderr.print(f"ttc: skipped {line}")
+    by_id = {p.id: p for p in run.problems}
+    results: list[Result] = []
+    with _signals(run), Live(run.budget, len(run.problems), quiet=quiet) as live:
+        run.driver.on_step = live.update
+        for result in run.results():
+            results.append(result)
+            if lines and not quiet and (len(run.problems) <= 40 or result.error):
+                print_line(by_id[result.problem_id], result)
+    return results
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run after the current step; a second SIGINT is Python's own KeyboardInterrupt."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, single: bool) -> None:
+    from ttc.cli.render import print_answer, print_summary, stderr
+
+    summary = run.summary()
+    if as_json:
+        print(json.dumps(summary))
+    elif single and results:
+        print_answer(run.problems[0], results[0])
+        if not run.interrupted:
+            print_summary(summary)
+    else:
+        print_summary(summary)
+    if run.interrupted:
+        done = f"{len(results)} of {len(run.problems)} problems are done"
+        how = f"and saved; the same command resumes in {out}" if out is not None else "; give --out DIR to be able to resume"
+        stderr.print(f"ttc: stopped: {done} {how}")
+        raise typer.Exit(3)
+    for result in results:
+        if result.error and not as_json:
+            stderr.print(f"ttc: {result.problem_id} failed: {result.error}", soft_wrap=True)
+    sys.stdout.flush()

@@ -1,0 +1,289 @@
+"""The Python API: open an engine, solve one problem, run many under one budget. Sync; ``asolve`` and ``arun`` for event loops.
+
+    import ttc
+    result = ttc.solve("What is 17 * 24 - 5?", model="nano-s", budget="2k tokens")
+    with ttc.open_engine("nano-s") as engine:
+        for result in ttc.run(problems, engine=engine, policy="self-consistency?n=16", budget="1M tokens", scope="run"): ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import queue
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from ttc.budget import Budget
+from ttc.driver import Driver, Policy, RewardModel, Status
+from ttc.engine.protocol import Engine
+from ttc.errors import InputError
+from ttc.judge import Jury
+from ttc.ledger import Ledger
+from ttc.policies import describe
+from ttc.policies import parse as parse_policy
+from ttc.pricing import Pricer
+from ttc.problems import from_text, problem_to_json
+from ttc.summary import summarise
+from ttc.types import Brief, Problem, Result, Sampling
+
+DEFAULT_MODEL = "nano-s"
+DEFAULT_BUDGET = "4k tokens"
+
+
+@contextmanager
+def open_engine(model: str = DEFAULT_MODEL, engine: str = "vllm", **options: Any) -> Iterator[Engine]:
+    """Open an engine, and close it at the end. ``engine`` is ``vllm`` (in process) or ``openai:URL``; ``options`` are the engine's
+    own (``concurrency``, …). Raises InputError or EngineError, one line each."""
+    opened = start_engine(model, engine, **options)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def start_engine(model: str, engine: str = "vllm", **options: Any) -> Engine:
+    """As ``open_engine``, for callers that close it themselves."""
+    kind, _, rest = engine.partition(":")
+    if kind == "vllm" and not rest:
+        from ttc.engine.vllm import VLLMEngine
+
+        return VLLMEngine(model, **options)
+    if kind == "openai":
+        if not rest:
+            raise InputError("engine: 'openai' needs the server's address; write openai:http://HOST:PORT")
+        from ttc.engine.openai import OpenAIEngine
+
+        return OpenAIEngine(rest, model=model or None, **options)
+    raise InputError(f"engine: unknown engine {engine!r}; use 'vllm' or 'openai:URL'")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run: everything but problems and engine. ``None`` takes the model's own."""
+
+    policy: Policy | str = "self-consistency"
+    budget: Budget | str = DEFAULT_BUDGET
+    scope: str = "problem"
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_thinking_tokens: int | None = None
+    effort: float | None = None
+    kv_budget: int | None = None
+    kv_method: str | None = None
+    intensity: float | None = None
+    price: Mapping[str, float] = field(default_factory=dict)
+
+    def resolved(self) -> tuple[Policy, Budget]:
+        """The policy and budget, parsed. Raises InputError."""
+        policy = parse_policy(self.policy) if isinstance(self.policy, str) else self.policy
+        budget = Budget.parse(self.budget, self.scope) if isinstance(self.budget, str) else self.budget
+        return policy, budget
+
+    def check(self) -> None:
+        """Raise InputError for values that no run could use."""
+        self.resolved()
+        if self.effort is not None and not 0 < self.effort <= 1:
+            raise InputError(f"effort: {self.effort:g} is not in (0, 1]; give a fraction of full effort")
+        if self.temperature is not None and not self.temperature >= 0:
+            raise InputError(f"temperature: {self.temperature:g} is below 0; give 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top-p: {self.top_p:g} is not in (0, 1]")
+        if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
+            raise InputError(f"max-thinking: {self.max_thinking_tokens} tokens is no thought; give 1 or more")
+        if self.kv_budget is not None or self.kv_method is not None:
+            raise InputError("kv-budget: sparse decoding is not in this version; leave --kv-budget and --kv-method out")
+
+
+class Run:
+    """One run: problems through a policy on an engine under a budget. Iterate ``results()`` once; read ``status`` and ``summary()``
+    at any time. ``out`` names a run directory, which is resumed if it is there; ``on_step`` is called after each engine step."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        engine: Engine,
+        settings: Settings | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        reward: RewardModel | None = None,
+        on_step: Callable[[Status], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        skipped_rows: Sequence[str] = (),
+    ) -> None:
+        settings = settings or Settings()
+        settings.check()
+        self.policy, self.budget = settings.resolved()
+        self.problems, self.engine, self.settings = list(problems), engine, settings
+        self.skipped_rows = tuple(skipped_rows)
+        self.sampling = _sampling(engine.info.sampling, settings)
+        info = engine.info
+        pricer = Pricer(
+            info.shape, info.concurrency, info.steerable,
+            **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
+        )  # fmt: skip
+        needed = set(getattr(self.policy, "signals", ()))
+        missing = sorted(needed - set(info.signals))
+        if missing:
+            raise InputError(f"policy: {self.policy.name} needs {missing[0]}, which the {info.name} engine can't measure")
+        brief = Brief(
+            seed=settings.seed,
+            max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
+            sampling=self.sampling,
+            effort=settings.effort,
+        )
+        self.jury = Jury(info.format)
+        probe = Driver(engine, self.policy, self.budget, self.jury, Ledger(), pricer, brief=brief)
+        probe.prepare(self.problems)  # refuses what can't run before anything is written
+        self.ledger = Ledger.open(out, self._config()) if out is not None else Ledger()
+        self.resumed = len(self.ledger.results)
+        self.driver = Driver(
+            engine, self.policy, self.budget, self.jury, self.ledger, pricer,
+            brief=brief, reward=reward, clock=clock, on_step=on_step,
+        )  # fmt: skip
+        self._results: list[Result] = []
+        self._started = clock()
+        self._clock = clock
+        self._ended: float | None = None
+
+    @property
+    def status(self) -> Status:
+        return self.driver.status
+
+    @property
+    def notices(self) -> list[str]:
+        """Words about what was found on resuming (a torn line that was dropped)."""
+        return self.ledger.notices
+
+    def results(self) -> Iterator[Result]:
+        """Each problem's result as it finishes. Closes the ledger at the end, whatever the end."""
+        try:
+            for result in self.driver.run(self.problems):
+                self._results.append(result)
+                yield result
+        finally:
+            self._ended = self._clock()
+            self.ledger.close()
+            self.jury.close()
+
+    def stop(self) -> None:
+        """End the run after the current step; all that finished is in the ledger. Safe in a signal handler."""
+        self.driver.stop()
+
+    @property
+    def interrupted(self) -> bool:
+        return self.driver.interrupted
+
+    def summary(self) -> dict[str, Any]:
+        """The run in figures: the object of ``ttc solve --json``."""
+        return summarise(
+            self._results, run=str(self.ledger.directory or ""), model=self.engine.info.model, engine=self.engine.info.name,
+            policy=describe(self.policy), seed=self.settings.seed, budget=self.budget, charge=self.status.charge,
+            seconds=(self._ended or self._clock()) - self._started, overrun=self.driver.overrun,
+            samples=self.status.samples, skipped_rows=len(self.skipped_rows), resumed=self.resumed,
+            verifier_failures=self.jury.failures,
+        )  # fmt: skip
+
+    def _config(self) -> dict[str, Any]:
+        """run.json. What must match for a resume is in ``ttc.ledger.COMPARED``."""
+        import hashlib
+
+        settings, info = self.settings, self.engine.info
+        rows = [json.dumps(problem_to_json(problem), sort_keys=True) for problem in self.problems]
+        return {
+            "model": info.model,
+            "engine": info.name,
+            "identity": dict(info.identity),
+            "policy": describe(self.policy),
+            "budget": {"amount": self.budget.amount, "unit": self.budget.unit, "scope": self.budget.scope},
+            "seed": settings.seed,
+            "sampling": asdict(self.sampling),
+            "format": asdict(info.format),
+            "effort": settings.effort,
+            "kv_budget": settings.kv_budget,
+            "kv_method": settings.kv_method,
+            "max_thinking_tokens": settings.max_thinking_tokens,
+            "intensity": settings.intensity,
+            "price": dict(settings.price),
+            "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},
+            "concurrency": info.concurrency,
+            "versions": {"ttc": version("ttc"), "python": platform.python_version()},
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def _sampling(own: Sampling, settings: Settings) -> Sampling:
+    changes = {
+        name: value
+        for name in ("temperature", "top_p", "top_k")
+        if (value := getattr(settings, name)) is not None
+    }
+    return replace(own, **changes)
+
+
+def run(
+    problems: Sequence[Problem], *, engine: Engine, out: str | os.PathLike[str] | None = None,
+    reward: RewardModel | None = None, **settings: Any,
+) -> Iterator[Result]:  # fmt: skip
+    """Solve ``problems`` on an open engine; yields each ``Result`` as it is done. ``settings`` are those of ``Settings``."""
+    yield from Run(problems, engine, Settings(**settings), out=out, reward=reward).results()
+
+
+def solve(
+    problem: str | Problem, *, model: str = DEFAULT_MODEL, engine: Engine | str = "vllm", **settings: Any
+) -> Result:
+    """Solve one problem under a hard budget. Opens (and closes) an engine unless one is given.
+
+    Raises InputError for bad input and EngineError for an engine that fails; a problem that fails is ``Result.error``.
+    """
+    problems = from_text(problem) if isinstance(problem, str) else [problem]
+    Settings(**settings).check()
+    if not isinstance(engine, str):
+        return next(run(problems, engine=engine, **settings))
+    with open_engine(model, engine) as opened:
+        return next(iter(list(run(problems, engine=opened, **settings))))
+
+
+async def asolve(problem: str | Problem, **options: Any) -> Result:
+    """``solve`` for event loops; the work is done in a thread."""
+    return await asyncio.to_thread(solve, problem, **options)
+
+
+async def arun(problems: Sequence[Problem], *, engine: Engine, **options: Any) -> AsyncIterator[Result]:
+    """``run`` for event loops: results as they are done; leaving the loop early stops the run after the current step."""
+    session = Run(
+        problems, engine, Settings(**{k: v for k, v in options.items() if k not in ("out", "reward")}),
+        out=options.get("out"), reward=options.get("reward"),
+    )  # fmt: skip
+    arrived: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for result in session.results():
+                arrived.put(result)
+            arrived.put(None)
+        except BaseException as error:  # handed to the awaiting side, which raises it
+            arrived.put(error)
+
+    thread = threading.Thread(target=work, name="ttc-run", daemon=True)
+    thread.start()
+    try:
+        while (item := await asyncio.to_thread(arrived.get)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        session.stop()
+        await asyncio.to_thread(thread.join)

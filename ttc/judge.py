@@ -1,0 +1,57 @@
+"""What the driver needs to know of answers: extraction, classes of equal answers, verdicts.
+
+One verifier per kind, started at its first use; equality for votes and the verdict are the same verifier's.
+"""
+
+from __future__ import annotations
+
+from ttc.answers import extract
+from ttc.types import AnswerFormat, Problem, Verdict
+from ttc.verify import AnswerClasses, Verifier, can_verify, verifier
+
+
+class Jury:
+    """Judges the answers of a run. ``failures`` counts answers on which a verifier broke (each is then a class of its own)."""
+
+    def __init__(self, format: AnswerFormat) -> None:
+        self.format = format
+        self.failures = 0
+        self._verifiers: dict[str, Verifier] = {}
+        self._classes: dict[str, AnswerClasses] = {}
+
+    def _verifier(self, problem: Problem) -> Verifier:
+        if problem.verifier not in self._verifiers:
+            self._verifiers[problem.verifier] = verifier(problem.verifier)
+        return self._verifiers[problem.verifier]
+
+    def answer(self, problem: Problem, text: str) -> str | None:
+        """The answer in a branch's text, or None."""
+        return extract(text, self.format)
+
+    def vote(self, problem: Problem, answer: str) -> str:
+        """The representative of the answer's class: the first answer of this problem that equals it."""
+        classes = self._classes.get(problem.id)
+        if classes is None:
+            classes = self._classes[problem.id] = AnswerClasses(self._verifier(problem), problem)
+        before = len(classes.failures)
+        representative = classes.representative(answer)
+        self.failures += len(classes.failures) - before
+        return representative
+
+    def verdict(self, problem: Problem, answer: str | None) -> Verdict | None:
+        """Right or wrong; None where nothing is known to judge by. Raises VerifierError if the verifier breaks on it."""
+        if not can_verify(problem):
+            return None
+        if answer is None:
+            return Verdict(False, 0.0, "no answer")
+        return self._verifier(problem).verify(problem, answer)
+
+    def forget(self, problem: Problem) -> None:
+        """The problem is done; drop its classes."""
+        self._classes.pop(problem.id, None)
+
+    def close(self) -> None:
+        for each in self._verifiers.values():
+            each.close()
+
+

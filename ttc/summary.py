@@ -1,0 +1,77 @@
+"""A run in figures: the JSON object of ``ttc solve --json``, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ttc.budget import Budget
+from ttc.types import Charge, Interval, Result
+
+Z95 = 1.959963984540054
+
+
+def wilson(right: int, count: int) -> Interval:
+    """Wilson's score interval for a proportion, 95 % (Wilson 1927); (0, 1) without observations."""
+    if count == 0:
+        return Interval(0.0, 1.0)
+    p, z2 = right / count, Z95 * Z95
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
+    """A charge under the fixed names of DESIGN section 6."""
+    return {
+        "tokens": charge.tokens,
+        "tokens_generated": charge.tokens_generated,
+        "tokens_forced": charge.tokens_forced,
+        "tokens_probe": charge.tokens_probe,
+        "tokens_judge": charge.tokens_judge,
+        "tokens_prompt": charge.tokens_prompt,
+        "eflops": charge.eflops,
+        "eflops_kinetics": charge.eflops_kinetics,
+        "flops": charge.flops,
+        "bytes": charge.bytes,
+        "seconds": seconds,
+        "dollars": charge.dollars,
+    }
+
+
+def summarise(
+    results: Sequence[Result], *, run: str, model: str, engine: str, policy: str, seed: int, budget: Budget,
+    charge: Charge, seconds: float, overrun: float, samples: int, skipped_rows: int = 0, resumed: int = 0,
+    verifier_failures: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """``charge`` is the whole run's, also of branches whose problem did not finish. Accuracies are fractions of the problems that
+    have a gold answer; a problem that failed counts as wrong."""
+    scored = [r for r in results if r.verdict is not None]
+    correct = sum(r.verdict.correct for r in scored if r.verdict is not None)
+    stopped: dict[str, int] = {}
+    for result in results:
+        stopped[result.stop] = stopped.get(result.stop, 0) + 1
+    return {
+        "run": run,
+        "model": model,
+        "engine": engine,
+        "policy": policy,
+        "seed": seed,
+        "budget": {"amount": budget.amount, "unit": budget.unit, "scope": budget.scope},
+        "problems": len(results),
+        "answered": sum(r.answer is not None for r in results),
+        "scored": len(scored),
+        "correct": correct,
+        "accuracy": correct / len(scored) if scored else None,
+        "accuracy_ci95": list(wilson(correct, len(scored))) if scored else None,
+        "spent": spent_json(charge, seconds),
+        "overrun": overrun,
+        "samples": samples,
+        "stopped": stopped,
+        "failed": sum(bool(r.error) for r in results),
+        "skipped_rows": skipped_rows,
+        "resumed": resumed,
+        "verifier_failures": verifier_failures,
+        "errors": {r.problem_id: r.error for r in results if r.error},
+    }
