@@ -1,7 +1,8 @@
-"""Reasoning-gym's side of a problem: draw an item, score an answer, compare two answers. Runs only in ``ttc.verify_worker``.
+"""Reasoning-gym's side of a problem: draw an item, score an answer, compare two answers. Runs only in
+``ttc.verify_worker``.
 
-Items are drawn in the child because several datasets depend on string hashing or on the global random generator (both fixed
-there), and because a dataset's scorer evals the text that it scores.
+Items are drawn in the child because several datasets depend on string hashing or on the global random
+generator (both fixed there), and because a dataset's scorer evals the text that it scores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ttc.errors import InputError
 
 CORRECT = 1.0 - 1e-9
 _SENTINEL = "\u2205 no answer"
-"""Text that equals no answer: a scorer that takes it for some answer's gold cannot tell that answer from others."""
+"""Equals no answer: a scorer that takes it for some answer's gold cannot tell that answer from others."""
 
 
 class Spec(typing.NamedTuple):
@@ -50,40 +51,54 @@ def parse_spec(text: str) -> Spec:
 
 
 def draw(task: str, seed: int) -> dict[str, Any]:
-    """The item that ``task`` gives for ``seed``: ``question``, ``answer`` (None where many are right) and ``entry`` for scoring.
+    """The item that ``task`` gives for ``seed``: ``question``, ``answer`` (None where many are right) and
+    ``entry`` for scoring.
 
-    Reasoning-gym seeds item i of a dataset with seed + i, so that neighbouring seeds share items; a fresh one-item dataset for
-    each (hashed) seed does not.
+    Reasoning-gym seeds item i of a dataset with seed + i, so that neighbouring seeds share items; a fresh
+    one-item dataset for each (hashed) seed does not.
     """
     random.seed(seed)
     dataset = _dataset(task, seed)
     try:
         item = dataset[0]
     except Exception as error:
-        raise InputError(f"task {task!r} cannot draw with these settings ({_line(error)}); change them") from None
+        raise InputError(
+            f"task {task!r} cannot draw with these settings ({_line(error)}); change them"
+        ) from None
     answer = item["answer"]
     entry = {"answer": encode(answer), "metadata": encode(item["metadata"])}
     return {"question": item["question"], "answer": None if answer is None else str(answer), "entry": entry}
 
 
-def score(task: str, entry: Mapping[str, Any], question: str, answer: str) -> float:
-    """The dataset's own score of ``answer``: of the text as written or, if that is not right, freed of LaTeX dress."""
+def score(task: str, entry: Mapping[str, Any], question: str, answer: str) -> tuple[float, str]:
+    """The dataset's own score of ``answer`` (of the text as written or, if that is not right, freed of LaTeX
+    dress) and a note.
+
+    A scorer that fails on a text it cannot parse (several do) gives it 0: the answer is at fault, not the
+    verifier.
+    """
     item = {"question": question, "answer": decode(entry["answer"]), "metadata": decode(entry["metadata"])}
     dataset = _scorer(task)
-    best = 0.0
+    best, note = 0.0, ""
     for text in dict.fromkeys((answer, answer.strip(), plain(answer))):
-        best = max(best, float(dataset.score_answer(text, item)))
+        try:
+            best = max(best, float(dataset.score_answer(text, item)))
+        except MemoryError:
+            raise
+        except Exception as error:
+            note = f"scorer: {type(error).__name__}: {_line(error)}"
         if best >= CORRECT:
-            return 1.0
-    return best
+            return 1.0, ""
+    return best, note
 
 
 def equal(task: str, a: str, b: str) -> bool:
     """True if the dataset's scorer takes each of the two for right when the other is the gold answer.
 
-    The problem's metadata is withheld: a scorer that checks a solution (countdown) would call any two right answers equal and so
-    tell the vote which answers are right. Scorers that need it, or that cannot tell an answer from ``_SENTINEL``, fall back to
-    equal text (up to white space and LaTeX dress) or equal numbers: two different right answers are then two answers.
+    The problem's metadata is withheld: a scorer that checks a solution (countdown) would call any two right
+    answers equal and so tell the vote which answers are right. Scorers that need it, or that cannot tell an
+    answer from ``_SENTINEL``, fall back to equal text (up to white space and LaTeX dress) or equal numbers:
+    two different right answers are then two answers.
     """
     a, b = plain(a), plain(b)
     if a == b:
@@ -112,13 +127,13 @@ def _scorer(task: str) -> Any:
 
 
 def _dataset(task: str, seed: int) -> Any:
-    """A dataset of one item, with the task's settings checked by us for name and type and by reasoning-gym for sense."""
+    """A dataset of one item; its settings are checked here for name and type, by reasoning-gym for sense."""
     from reasoning_gym.factory import DATASETS
 
     spec = parse_spec(task)
     if spec.name not in DATASETS:
-        near = difflib.get_close_matches(spec.name, DATASETS, 3) or [n for n in DATASETS if spec.name in n][:3]
-        hint = f"did you mean {', '.join(near)}?" if near else f"one of its {len(DATASETS)}: chain_sum, countdown, gcd, ..."
+        near = difflib.get_close_matches(spec.name, DATASETS, 3) or [n for n in DATASETS if spec.name in n]
+        hint = f"did you mean {', '.join(near[:3])}?" if near else "chain_sum, gcd and countdown are some"
         raise InputError(f"task {task!r}: reasoning-gym has no dataset {spec.name!r}; {hint}")
     if spec.name == "composite":
         raise InputError("task 'rg:composite': mixtures are not supported; name one dataset")
@@ -127,7 +142,9 @@ def _dataset(task: str, seed: int) -> Any:
     try:
         return dataset_class(config=config_class(**values, seed=seed, size=1))
     except (AssertionError, ValueError, TypeError) as error:
-        raise InputError(f"task {task!r}: reasoning-gym refuses these settings ({_line(error)}); change them") from None
+        raise InputError(
+            f"task {task!r}: reasoning-gym refuses these settings ({_line(error)}); change them"
+        ) from None
 
 
 def _value(task: str, config_class: Any, key: str, text: str) -> Any:
@@ -136,7 +153,8 @@ def _value(task: str, config_class: Any, key: str, text: str) -> Any:
 
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     if key in ("seed", "size"):
-        raise InputError(f"task {task!r}: {key!r} is set by the run; use --{'seed' if key == 'seed' else 'n'}")
+        flag = "--seed" if key == "seed" else "--n"
+        raise InputError(f"task {task!r}: {key!r} is set by the run; use {flag}")
     if key not in fields:
         names = ", ".join(sorted(fields.keys() - {"seed", "size"}))
         raise InputError(f"task {task!r}: no setting {key!r}; it has {names}")
@@ -154,12 +172,13 @@ def _value(task: str, config_class: Any, key: str, text: str) -> Any:
             continue
         if not isinstance(value, float) or math.isfinite(value):
             return value
-    wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise InputError(f"task {task!r}: {key} is {text!r}; give a value of type {wanted}")
 
 
 def encode(value: Any) -> Any:
-    """``value`` as plain JSON from which ``decode`` restores tuples, sets, dictionaries with other keys and odd floats."""
+    """``value`` as plain JSON from which ``decode`` restores tuples, sets, dictionaries with other keys and
+    odd floats."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str | int):

@@ -1,8 +1,9 @@
 """The parent's end of a child process that reads text written by models, with a time limit that really holds.
 
-Symbolic algebra on ``9^{9^{9^9}}`` does not end, and reasoning-gym's scorers ``eval`` what a model wrote. So both run in a child
-(``python -m ttc.verify_worker``) that speaks JSON lines, owns no secrets, has bounded memory, and is killed and started anew when a
-call outlives its limit. The child never imports the caller's main module. This contains accidents; it is no jail for an attacker.
+Symbolic algebra on ``9^{9^{9^9}}`` does not end, and reasoning-gym's scorers ``eval`` what a model wrote. So
+both run in a child (``ttc.verify_worker``) that speaks JSON lines, owns no secrets, has bounded memory, and
+is killed and started anew when a call outlives its limit. The child never imports the caller's main module.
+This contains accidents; it is no jail for an attacker.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from ttc.errors import InputError, VerifierError
 START_LIMIT_S = 120.0
 """The longest wait for the child's imports; a cold disk is slow, a hung import must not be for ever."""
 
-_KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "COVERAGE_PROCESS_START")
+_KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from ttc.verify_worker import main; main(sys.argv[1])"
+"""Gives the child the parent's module path, in the parent's order and as late: before that, as with
+PYTHONPATH, a file named types.py beside a user's script would stop the interpreter from starting."""
 
 
 class Sandbox:
-    """A child process with ``library`` ("math" or "rg") loaded: started at the first call, restarted after it was killed."""
+    """A child with ``library`` ("math" or "rg") loaded: started at the first call and again after a kill."""
 
     def __init__(self, library: str) -> None:
         self._library = library
@@ -39,7 +43,8 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def call(self, op: str, limit_s: float, **arguments: Any) -> Any:
-        """What ``op`` returns. VerifierError: it failed, crashed the child or ran past ``limit_s``; InputError: it refused."""
+        """What ``op`` returns. VerifierError: it failed, crashed the child or ran past ``limit_s``;
+        InputError: it refused."""
         request = json.dumps({"op": op, "limit_s": limit_s, **arguments}).encode() + b"\n"
         with self._lock:
             reply = self._exchange(request, limit_s)
@@ -73,14 +78,17 @@ class Sandbox:
         return self._read(limit_s, f"no verdict within {limit_s:g} s")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", "-m", "ttc.verify_worker", self._library]
+        path = (entry or os.getcwd() for entry in sys.path)
+        command = [sys.executable, "-P", "-c", _BOOT, self._library, *path]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env=_environment(), start_new_session=True,
         )  # fmt: skip
         self._process = process
         self._finalizer = weakref.finalize(self, _reap, process, self._owner)
-        hello = self._read(START_LIMIT_S, f"the {self._library} worker did not start within {START_LIMIT_S:g} s")
+        hello = self._read(
+            START_LIMIT_S, f"the {self._library} worker took over {START_LIMIT_S:g} s to start"
+        )
         if "error" in hello:
             self._kill()
             raise InputError(hello["error"])
@@ -119,11 +127,10 @@ class Sandbox:
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: the parent's modules (``sys.path``) and locale, no tokens; fixed string hashes, one thread."""
+    """The child's environment: the parent's locale, no tokens; fixed string hashes, one thread."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    return kept | one_thread | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
+    return kept | one_thread | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
 
 
 def _reap(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -1,8 +1,8 @@
-"""The child's end: ``python -m ttc.verify_worker math|rg`` answers JSON lines on its pipe until the pipe closes.
+"""The child's end: ``main("math")`` or ``main("rg")`` answers JSON lines on its pipe until the pipe closes.
 
-Started by ``ttc.sandbox``, which owns the time limit. Here are the bounds that only the process itself can set: memory, no files
-written, no processes, no network; and an alarm that ends it should its parent be gone. Owns math-verify; reasoning-gym is in
-``ttc.rg_tasks``.
+Run by ``ttc.sandbox``, which owns the time limit. Here are the bounds that only the process itself can set:
+memory, no files written, no processes, no network; and an alarm that ends it should its parent be gone. Owns
+math-verify; reasoning-gym is in ``ttc.rg_tasks``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MEMORY_BYTES = 1 << 30
 
 _LIBRARIES = {"math": "math_verify", "rg": "reasoning_gym"}
 _REFUSED = (
-    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "os.remove", "os.rename",
-    "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate", "shutil.", "ctypes.dlopen",
-    "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
+    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "os.remove",
+    "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate",
+    "shutil.", "ctypes.dlopen", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
 )  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -41,7 +41,7 @@ def _parsed(text: str) -> Any:
 
 
 def math_verdict(gold: str, answer: str) -> bool:
-    """True if math-verify finds ``answer`` equal to ``gold``; it treats the two differently (the gold sets the form)."""
+    """True if math-verify finds ``answer`` equal to ``gold``, which sets the form that is asked for."""
     from math_verify import verify
 
     return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=None))
@@ -83,10 +83,11 @@ def _confine() -> None:
 
 
 def _answer(operations: Mapping[str, Callable[..., Any]], line: bytes) -> dict[str, Any]:
-    """The reply to one request; every failure of an operation is a reply, ``last`` if the process is not to be used again."""
+    """The reply to one request; a failure is a reply too, ``last`` if the process is not to be used again."""
     try:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, request.pop("limit_s") + 2.0)  # SIGALRM's default: ends an orphan
+        # the parent kills first; should it be gone, the default action of SIGALRM ends this process
+        signal.setitimer(signal.ITIMER_REAL, request.pop("limit_s") + 2.0)
         return {"value": operations[request.pop("op")](**request)}
     except InputError as error:
         return {"error": str(error), "input": True}
@@ -121,7 +122,3 @@ def main(library: str) -> None:
         if not line or reply.get("last"):
             return
         reply = _answer(operations, line)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
