@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
     if draws == codes.size:
         picked = codes[None, :]
     else:
-        order = np.random.default_rng(seed).random((rounds, codes.size)).argpartition(draws, axis=1)
+        order = _orders(codes.size, rounds, seed)
         picked = codes[order[:, :draws]]
     rows = picked.shape[0]
     flat = (np.arange(rows)[:, None] * (classes + 1) + np.where(picked < 0, classes, picked)).ravel()
@@ -64,6 +65,12 @@ def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
     top = counts.max(axis=1)
     leaders = (counts == top[:, None]).sum(axis=1)
     return float(np.mean(np.where((counts[:, 0] == top) & (top > 0), 1.0 / leaders, 0.0)))
+
+
+@lru_cache(maxsize=64)
+def _orders(size: int, rounds: int, seed: int) -> NDArray[np.int64]:
+    """``rounds`` seeded permutations of ``size`` branches, shared by all N so that curves are smooth."""
+    return np.asarray(np.random.default_rng(seed).random((rounds, size)).argsort(axis=1))
 
 
 RULES: dict[str, str] = {"vote": "majority of the answers", "coverage": "any answer right (needs a verifier)"}
@@ -77,12 +84,12 @@ def pool_accuracy(
     if rule not in RULES:
         raise InputError(f"rule {rule!r} is not known; use {' or '.join(RULES)}")
     scores = []
-    for index, problem in enumerate(pool.problems):
+    for problem in pool.problems:
         codes = problem.answers_at(thinking_tokens, pool.probe_every)
         if rule == "coverage":
             scores.append(float(coverage(int((codes == 0).sum()), codes.size, samples)[0]))
         else:
-            scores.append(vote(codes, samples, rounds=rounds, seed=index))
+            scores.append(vote(codes, samples, rounds=rounds, seed=0))
     return np.array(scores)
 
 

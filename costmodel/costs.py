@@ -106,7 +106,7 @@ def kinetics(
     the letter, for a budget that never binds eq. (4).
     """
     arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
-    rule = _rule(kv_budget, kv_block, method)
+    rule = sparse_rule(kv_budget, kv_block, method)
     block = KV_BLOCK_TOKENS if kv_block is None else kv_block
     pair_flops, read_bytes = shape.pair_flops, 2.0 * shape.kv_elements
     end = start_tokens + generated_tokens
@@ -167,7 +167,7 @@ def full(
     summed over the devices.
     """
     arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
-    rule = _rule(kv_budget, kv_block, method)
+    rule = sparse_rule(kv_budget, kv_block, method)
     block = KV_BLOCK_TOKENS if kv_block is None else kv_block
     if not arrays:
         arrays = not (
@@ -268,7 +268,7 @@ def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tok
     return arrays
 
 
-def _rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> SparseMethod | None:
+def sparse_rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> SparseMethod | None:
     """The sparse method in force: None is dense; a budget alone is the oracle, with a block size block
     top-k."""
     if kv_budget is None:

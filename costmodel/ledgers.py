@@ -48,6 +48,7 @@ def pool_of_run(folder: Path) -> Pool:
         model=run.get("model"),
         task=run.get("task"),
         kv_budget=run.get("kv_budget"),
+        effort=run.get("effort"),
         prompt_tokens=float(np.mean(prompts)),
     )
 

@@ -61,6 +61,7 @@ class Pool:
     kv_block: int | None = None
     lengths_estimated: bool = False
     prompt_tokens: float | None = None
+    effort: float | None = None
 
     @property
     def tokens(self) -> Floats:

@@ -1,0 +1,243 @@
+"""Calibration: which steps to measure, and how measurements become a profile. Pure: the engine is behind
+``Stepper``.
+
+Step times of a shared machine are noisy upwards, so each point is a median of repeats; the fit minimises
+relative errors with Huber weights and keeps every coefficient at 0 or above. Points are held out inside the
+grid and beyond it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ttc.costmodel.profile import HeldOut, Profile, Terms, decode_bytes, prefill_flops
+from ttc.costmodel.records import Floats
+from ttc.costmodel.shapes import ModelShape
+from ttc.errors import InputError
+
+Phase = Literal["decode", "prefill"]
+Role = Literal["fit", "inside", "beyond"]
+
+
+class Stepper(Protocol):
+    """What a running engine must offer: the seconds of single steps."""
+
+    def measure(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> list[float]:
+        """Seconds of repeated steps: decode with ``batch`` sequences of ``context`` tokens, or prefill of
+        ``context`` tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of the design: what to measure, and whether it is fitted or held out."""
+
+    phase: Phase
+    batch: int
+    context: int
+    kv_budget: int | None = None
+    role: Role = "fit"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A cell with its repeats in seconds."""
+
+    cell: Cell
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.seconds or not all(s > 0 and math.isfinite(s) for s in self.seconds):
+            raise InputError(f"calibration: {self.cell} has no valid step time; all must be positive")
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """(p75 - p25) / median of the repeats."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(high - low) / self.median
+
+
+def design(
+    *,
+    batches: Sequence[int] = (1, 2, 4, 8),
+    contexts: Sequence[int] = (128, 256, 512, 1024),
+    kv_budgets: Sequence[int] = (),
+    prefills: Sequence[int] = (32, 64, 128, 256, 512),
+) -> list[Cell]:
+    """The grid: the largest batch and the longest context are held out as beyond, every third of the rest as
+    inside.
+
+    Corners of the fitted box are never held out, so that inside means interpolation. Raises InputError for a
+    grid too small.
+    """
+    if len(batches) < 3 or len(contexts) < 3 or len(prefills) < 3:
+        raise InputError(
+            "calibration grid is too small; give at least 3 batches, 3 contexts, 3 prefill lengths"
+        )
+    batches, contexts, prefills = sorted(set(batches)), sorted(set(contexts)), sorted(set(prefills))
+    cells = []
+    for number, (batch, context) in enumerate(itertools.product(batches, contexts)):
+        edge = batch == batches[-1] or context == contexts[-1]
+        corner = batch in (batches[0], batches[-2]) and context in (contexts[0], contexts[-2])
+        role: Role = "beyond" if edge else "inside" if number % 3 == 1 and not corner else "fit"
+        cells.append(Cell("decode", batch, context, None, role))
+        for budget in kv_budgets:
+            if budget < context:
+                cells.append(Cell("decode", batch, context, budget, role))
+    for number, tokens in enumerate(prefills):
+        role = "beyond" if tokens == prefills[-1] else "inside" if number % 3 == 1 else "fit"
+        cells.append(Cell("prefill", 1, tokens, None, role))
+    return cells
+
+
+def measure(
+    stepper: Stepper, cells: Sequence[Cell], progress: Callable[[str], None] = lambda _: None
+) -> list[Measurement]:
+    """Every cell, in a fixed shuffle that spreads a slow drift of the machine over the grid."""
+    order = np.random.default_rng(0).permutation(len(cells))
+    found: dict[int, Measurement] = {}
+    for done, k in enumerate(order, 1):
+        cell = cells[k]
+        seconds = stepper.measure(cell.batch, cell.context, cell.kv_budget, cell.phase)
+        found[int(k)] = m = Measurement(cell, tuple(seconds))
+        where = f"{cell.phase} batch {cell.batch} context {cell.context}"
+        progress(f"{done}/{len(cells)} {where}: {m.median:.4g} s")
+    return [found[k] for k in sorted(found)]
+
+
+def fit(
+    shape: ModelShape,
+    measurements: Sequence[Measurement],
+    *,
+    kv_block: int | None = None,
+    kv_method: str | None = None,
+    machine: Mapping[str, str] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Profile:
+    """Measurements to a profile; raises InputError when there are too few to fit.
+
+    With one dense model a step's fixed part and its weights are constants of the same column, and so are a
+    sequence's overhead and its FLOPs: only the sums are identified. They are split by what the other phase
+    shows (weights at the KV's bytes per second, a sequence's FLOPs at prefill's rate, each capped by the
+    sum), and ``Profile.split`` says so.
+    """
+    decode = [m for m in measurements if m.cell.phase == "decode"]
+    prefill = [m for m in measurements if m.cell.phase == "prefill"]
+    if sum(m.cell.role == "fit" for m in decode) < 4 or sum(m.cell.role == "fit" for m in prefill) < 2:
+        raise InputError("calibration: too few points to fit; measure at least 4 decode and 2 prefill points")
+    step, sequence, kv_rate, search_rate = _solve(_decode_rows(shape, decode, kv_block, kv_method), decode)
+    start, linear_rate, pair_rate = _solve(_prefill_rows(shape, prefill), prefill)
+    weights = float(shape.step_weight_bytes(1.0))
+    weight_rate = min(step, start, weights * kv_rate) / weights
+    flop_rate = min(sequence, shape.token_flops * linear_rate) / shape.token_flops
+    terms = Terms(
+        step_fixed_s=step - weights * weight_rate,
+        weight_s_per_byte=weight_rate,
+        sequence_s=sequence - shape.token_flops * flop_rate,
+        decode_s_per_flop=flop_rate,
+        kv_s_per_byte=kv_rate,
+        search_s_per_byte=search_rate,
+        prefill_fixed_s=start - weights * weight_rate,
+        prefill_s_per_flop=linear_rate,
+        prefill_s_per_pair_flop=pair_rate,
+    )
+    blank = HeldOut(math.nan, math.nan, math.nan, math.nan, math.nan)
+    draft = Profile(shape.name, terms, blank, 0.0, kv_block, kv_method)
+    rows = tuple(_row(shape, draft, m) for m in measurements)
+    return Profile(
+        model=shape.name,
+        terms=terms,
+        held_out=_errors(rows),
+        noise=float(np.median([m.spread for m in measurements])),
+        kv_block=kv_block,
+        kv_method=kv_method,
+        machine=dict(machine or {}),
+        versions=dict(versions or {}),
+        split="fixed/weights and sequence/FLOPs are identified as sums; split at the KV and prefill rates",
+        measurements=rows,
+    )
+
+
+def predict(shape: ModelShape, profile: Profile, cell: Cell) -> float:
+    """Seconds that the profile gives a cell."""
+    if cell.phase == "prefill":
+        return profile.prefill_s(shape, tokens=cell.context)
+    return profile.decode_s(shape, batch=cell.batch, context_tokens=cell.context, kv_budget=cell.kv_budget)
+
+
+def _decode_rows(
+    shape: ModelShape, points: Sequence[Measurement], kv_block: int | None, method: str | None
+) -> Floats:
+    rows = []
+    for m in points:
+        kv, search = decode_bytes(shape, m.cell.context, m.cell.kv_budget, kv_block, method)
+        rows.append([1.0, m.cell.batch, m.cell.batch * kv, m.cell.batch * search])
+    return np.array(rows)
+
+
+def _prefill_rows(shape: ModelShape, points: Sequence[Measurement]) -> Floats:
+    return np.array([[1.0, *prefill_flops(shape, m.cell.context)] for m in points])
+
+
+def _solve(columns: Floats, points: Sequence[Measurement]) -> list[float]:
+    """Non-negative coefficients that minimise relative errors of the fitted points, Huber-weighted."""
+    use = np.array([m.cell.role == "fit" for m in points])
+    target = np.array([m.median for m in points])[use]
+    scaled = columns[use] / target[:, None]
+    weight = np.ones(target.size)
+    best = np.zeros(columns.shape[1])
+    for _ in range(12):
+        best = _nonnegative(scaled * weight[:, None], weight)
+        residual = np.abs(scaled @ best - 1.0)
+        cut = 1.5 * max(float(np.median(residual)), 1e-9)
+        weight = np.sqrt(np.minimum(1.0, cut / np.maximum(residual, 1e-12)))
+    return [float(b) for b in best]
+
+
+def _nonnegative(matrix: Floats, target: Floats) -> Floats:
+    """Non-negative least squares, exactly, by trying every set of active columns (there are at most four)."""
+    columns = matrix.shape[1]
+    best, least = np.zeros(columns), math.inf
+    live = [c for c in range(columns) if np.any(matrix[:, c])]
+    norms = {c: float(np.linalg.norm(matrix[:, c])) for c in live}
+    for size in range(1, len(live) + 1):
+        for active in itertools.combinations(live, size):
+            part = matrix[:, active] / np.array([norms[c] for c in active])
+            solution, *_ = np.linalg.lstsq(part, target, rcond=None)
+            if np.any(solution < 0):
+                continue
+            loss = float(((part @ solution - target) ** 2).sum())
+            if loss < least - 1e-15:
+                least, best = loss, np.zeros(columns)
+                for c, value in zip(active, solution, strict=True):
+                    best[c] = value / norms[c]
+    return best
+
+
+def _row(shape: ModelShape, profile: Profile, m: Measurement) -> dict[str, Any]:
+    predicted = predict(shape, profile, m.cell)
+    row: dict[str, Any] = asdict(m.cell)
+    row |= {"seconds": m.median, "spread": m.spread, "repeats": len(m.seconds), "predicted": predicted}
+    return row | {"error": predicted / m.median - 1.0}
+
+
+def _errors(rows: Sequence[Mapping[str, Any]]) -> HeldOut:
+    def of(role: Role) -> list[float]:
+        return [abs(r["error"]) for r in rows if r["role"] == role]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else math.nan
+
+    inside, beyond = of("inside"), of("beyond")
+    worst_inside, worst_beyond = max(inside, default=math.nan), max(beyond, default=math.nan)
+    return HeldOut(mean(of("fit")), mean(inside), worst_inside, mean(beyond), worst_beyond)

@@ -1,0 +1,252 @@
+"""Frontiers: the Pareto set over points, where each model rules, how resources grow with cost, and what
+FLOPs hide.
+
+Sources: Kinetics section 3 and Figures 4-7 (frontier bands, the model-size threshold), Figure 24 (growth
+when cost doubles).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ttc.costmodel.accuracy import Estimate
+from ttc.costmodel.points import Point, Tariff
+from ttc.costmodel.records import Floats
+
+GAIN = 0.01  # the least step in accuracy that starts a new stretch of a band
+Axis = Callable[[Point], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The stretch of the frontier on which a model rules."""
+
+    model: str
+    accuracy_low: float
+    accuracy_high: float
+    cost_low: float
+    cost_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How a resource grows along a frontier: x ∝ cost^exponent, so ``per_doubling`` = 2^exponent; None
+    where it is moot."""
+
+    resource: str
+    exponent: Estimate
+    points: int
+
+    @property
+    def per_doubling(self) -> Estimate:
+        return Estimate(*(2.0**e for e in self.exponent))
+
+
+@dataclass(frozen=True, slots=True)
+class Overpay:
+    """What choosing by FLOPs costs: at ``accuracy``, the FLOPs-cheapest point's cost over the truly
+    cheapest one's."""
+
+    accuracy: float
+    ratio: float
+    by_flops: Point
+    by_cost: Point
+
+
+def axis(tariff: Tariff, unit: str = "eflops", convention: str = "kinetics") -> Axis:
+    """The cost of a point in a unit, as a function."""
+    return lambda point: float(point.price.amount(unit, tariff, convention))
+
+
+def accuracy_of(point: Point) -> float:
+    """The point's mean accuracy; NaN where none is known."""
+    return point.accuracy.mean if point.accuracy else math.nan
+
+
+def pareto(points: Sequence[Point], cost: Axis, *, gain: float = 0.0) -> list[Point]:
+    """The points that no cheaper (or equally dear) point matches in accuracy, by rising cost; with ``gain``,
+    each at least that much more accurate than the one before (what lies below is noise of the data, not
+    progress)."""
+    known = [p for p in points if p.accuracy is not None]
+    front: list[Point] = []
+    for point in sorted(known, key=lambda p: (cost(p), -accuracy_of(p))):
+        if not front or accuracy_of(point) > accuracy_of(front[-1]) + gain:
+            front.append(point)
+    return front
+
+
+def bands(front: Sequence[Point], cost: Axis) -> list[Band]:
+    """The frontier cut where the ruling model changes."""
+    found: list[Band] = []
+    for point in front:
+        a, c = accuracy_of(point), cost(point)
+        if found and found[-1].model == point.model:
+            last = found[-1]
+            found[-1] = Band(last.model, last.accuracy_low, a, last.cost_low, c)
+        else:
+            found.append(Band(point.model, a, a, c, c))
+    return found
+
+
+def threshold(front: Sequence[Point], *, share: float = 0.5) -> str | None:
+    """The model-size threshold: the smallest model of the frontier from ``share`` of its best accuracy
+    upwards.
+
+    Below it money is better spent on a larger model than on longer or more chains (Kinetics section 3).
+    """
+    if not front:
+        return None
+    useful = [p for p in front if accuracy_of(p) >= share * accuracy_of(front[-1])]
+    return min(useful, key=lambda p: p.params).model
+
+
+def overpay(points: Sequence[Point], cost: Axis, flops: Axis, *, levels: int = 40) -> list[Overpay]:
+    """At accuracies from the least to the best: what the point with the fewest FLOPs costs over the
+    cheapest point."""
+    known = [p for p in points if p.accuracy is not None]
+    if not known:
+        return []
+    best = max(accuracy_of(p) for p in known)
+    found = []
+    for level in np.linspace(0.0, best, levels + 1)[1:]:
+        good = [p for p in known if accuracy_of(p) >= level - 1e-12]
+        by_flops, by_cost = min(good, key=flops), min(good, key=cost)
+        found.append(Overpay(float(level), cost(by_flops) / cost(by_cost), by_flops, by_cost))
+    return found
+
+
+RESOURCES: dict[str, Callable[[Point], float | None]] = {
+    "tokens": lambda p: float(p.price.tokens),
+    "samples": lambda p: float(p.samples),
+    "chain_tokens": lambda p: float(p.price.tokens) / p.samples,
+    "kv_budget": lambda p: None if p.kv_budget is None else float(p.kv_budget),
+}
+
+
+def growth(points: Sequence[Point], cost: Axis, *, rounds: int = 200, seed: int = 0) -> list[Growth]:
+    """Exponents of tokens, samples, chain length and KV budget against cost along the frontier of ``points``.
+
+    A least-squares line through log resource over log cost. Intervals (95 %) resample the problems and
+    draw the frontier anew where every point knows its problems; else they are the line's own standard
+    error (± 1.96 s.e.), which says only how straight it is. Fit within one model: across models the line
+    mixes sizes.
+    """
+    known = [p for p in points if p.accuracy is not None]
+    front = pareto(known, cost)
+    found = []
+    for name, resource in RESOURCES.items():
+        line = _line(front, cost, resource)
+        if line is None:
+            continue
+        slope, error, used = line
+        low, high = slope - 1.96 * error, slope + 1.96 * error
+        resampled = _resampled(known, cost, resource, rounds, seed)
+        if resampled is not None:
+            low, high = resampled
+        found.append(Growth(name, Estimate(slope, low, high), used))
+    return found
+
+
+def _line(
+    front: Sequence[Point], cost: Axis, resource: Callable[[Point], float | None]
+) -> tuple[float, float, int] | None:
+    pairs = [(cost(p), r) for p in front if (r := resource(p)) is not None]
+    if len(pairs) < 3:
+        return None
+    x, y = np.log(np.array(pairs)).T
+    spread = float(((x - x.mean()) ** 2).sum())
+    if spread == 0:
+        return None
+    if np.ptp(y) == 0:
+        return None  # constant by construction: nothing grew
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread)
+    residual = y - y.mean() - slope * (x - x.mean())
+    return slope, math.sqrt(float((residual**2).sum()) / (len(pairs) - 2) / spread), len(pairs)
+
+
+def _resampled(
+    points: Sequence[Point], cost: Axis, resource: Callable[[Point], float | None], rounds: int, seed: int
+) -> tuple[float, float] | None:
+    """Percentiles of the slope over bootstrap resamples of the problems."""
+    if any(p.per_problem is None for p in points) or len({p.task for p in points}) > 1:
+        return None
+    matrix = np.stack([p.per_problem for p in points if p.per_problem is not None])
+    costs = np.array([cost(p) for p in points])
+    values: Floats = np.array([np.nan if (r := resource(p)) is None else r for p in points])
+    order = np.lexsort((-matrix.mean(axis=1), costs))
+    rng = np.random.default_rng(seed)
+    slopes = []
+    for _ in range(rounds):
+        accuracy = matrix[:, rng.integers(0, matrix.shape[1], matrix.shape[1])].mean(axis=1)[order]
+        best = np.maximum.accumulate(accuracy)
+        on_front = order[np.append(True, accuracy[1:] > best[:-1])]
+        x, y = np.log(costs[on_front]), np.log(values[on_front])
+        keep = np.isfinite(y)
+        if keep.sum() >= 3 and np.ptp(x[keep]) > 0:
+            slopes.append(float(np.polyfit(x[keep], y[keep], 1)[0]))
+    if len(slopes) < rounds // 2:
+        return None
+    low, high = np.percentile(slopes, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def report(
+    points: Sequence[Point], tariff: Tariff, *, unit: str = "eflops", convention: str = "kinetics"
+) -> dict[str, Any]:
+    """Everything ``ttc frontier --json`` prints."""
+    cost, flops = axis(tariff, unit, convention), axis(tariff, "flops", convention)
+    front = pareto(points, cost)
+    paid = overpay(points, cost, flops)
+    worst = max(paid, key=lambda o: o.ratio, default=None)
+    models = sorted({p.model for p in points})
+    exponents = {
+        m: [
+            {
+                "resource": g.resource,
+                "exponent": g.exponent.mean,
+                "exponent_ci95": [g.exponent.low, g.exponent.high],
+                "per_doubling": g.per_doubling.mean,
+                "per_doubling_ci95": [g.per_doubling.low, g.per_doubling.high],
+                "points": g.points,
+            }
+            for g in growth([p for p in points if p.model == m and p.per_problem is not None], cost)
+            or growth([p for p in points if p.model == m], cost)
+        ]
+        for m in models
+    }
+    return {
+        "unit": unit,
+        "convention": convention,
+        "intensity": tariff.intensity,
+        "hardware": tariff.hardware.name,
+        "batch": tariff.batch,
+        "points": [p.to_json(tariff) for p in points],
+        "pareto": [p.to_json(tariff) for p in front],
+        "bands": [_band_json(b) for b in bands(pareto(points, cost, gain=GAIN), cost)],
+        "bands_by_flops": [_band_json(b) for b in bands(pareto(points, flops, gain=GAIN), flops)],
+        "threshold_model": threshold(front),
+        "threshold_model_by_flops": threshold(pareto(points, flops)),
+        "exponents": exponents,
+        "flops_only": None
+        if worst is None
+        else {
+            "worst_ratio": worst.ratio,
+            "at_accuracy": worst.accuracy,
+            "mean_ratio": float(np.mean([o.ratio for o in paid])),
+            "chosen": worst.by_flops.label(),
+            "cheapest": worst.by_cost.label(),
+        },
+    }
+
+
+def _band_json(band: Band) -> dict[str, Any]:
+    return {
+        "model": band.model,
+        "accuracy": [band.accuracy_low, band.accuracy_high],
+        "cost": [band.cost_low, band.cost_high],
+    }

@@ -1,0 +1,219 @@
+"""A calibrated profile: what an engine's steps take on one machine, with the error that the calibration
+itself measured.
+
+Terms are physical and separable, so that a profile of one model prices another on the same machine: decode
+step  = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token) + k·KV bytes + q·summary bytes
+prefill step = fixed' + w·weight bytes + f'·linear FLOPs + g·attention FLOPs All in seconds; every coefficient
+>= 0. The fit is in ``calibrate``; this file predicts, stores and checks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ttc.costmodel.costs import SparseMethod, full, sparse_rule
+from ttc.costmodel.shapes import ModelShape
+from ttc.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The coefficients, in seconds or seconds per unit."""
+
+    step_fixed_s: float = 0.0
+    weight_s_per_byte: float = 0.0
+    sequence_s: float = 0.0
+    decode_s_per_flop: float = 0.0
+    kv_s_per_byte: float = 0.0
+    search_s_per_byte: float = 0.0
+    prefill_fixed_s: float = 0.0
+    prefill_s_per_flop: float = 0.0
+    prefill_s_per_pair_flop: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+                raise InputError(
+                    f"profile: {f.name} is {value}; it must be finite and not negative: calibrate again"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Relative errors |predicted - measured| / measured: on the fitted points, on points held out inside the
+    grid and on points beyond it (longer contexts, larger batches). NaN where no such point was measured."""
+
+    fitted_mean: float
+    inside_mean: float
+    inside_worst: float
+    beyond_mean: float
+    beyond_worst: float
+
+    def words(self) -> str:
+        """What is printed beside every prediction."""
+        inside = f"held out inside {self.inside_mean:.1%} mean, {self.inside_worst:.1%} worst"
+        if math.isnan(self.beyond_mean):
+            return inside
+        return f"{inside}; beyond {self.beyond_mean:.1%} mean, {self.beyond_worst:.1%} worst"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Terms with where they come from. ``noise`` is the median spread of repeats, (p75 - p25) / median."""
+
+    model: str
+    terms: Terms
+    held_out: HeldOut
+    noise: float
+    kv_block: int | None = None
+    kv_method: str | None = None
+    machine: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    measurements: tuple[Mapping[str, Any], ...] = ()
+
+    def decode_s(
+        self, shape: ModelShape, *, batch: float, context_tokens: float, kv_budget: float | None = None
+    ) -> float:
+        """One decode step of ``batch`` sequences, each over ``context_tokens``."""
+        kv, search = decode_bytes(shape, context_tokens, kv_budget, self.kv_block, self.kv_method)
+        t = self.terms
+        sequence = t.sequence_s + t.decode_s_per_flop * shape.token_flops
+        moved = batch * (t.kv_s_per_byte * kv + t.search_s_per_byte * search)
+        return (
+            t.step_fixed_s
+            + t.weight_s_per_byte * float(shape.step_weight_bytes(batch))
+            + batch * sequence
+            + moved
+        )
+
+    def prefill_s(self, shape: ModelShape, *, tokens: float, cached_tokens: float = 0) -> float:
+        """One prefill step of ``tokens`` new tokens after ``cached_tokens``."""
+        t = self.terms
+        linear, attention = prefill_flops(shape, tokens, cached_tokens)
+        weights = t.weight_s_per_byte * float(shape.step_weight_bytes(tokens))
+        return (
+            t.prefill_fixed_s
+            + weights
+            + t.prefill_s_per_flop * linear
+            + t.prefill_s_per_pair_flop * attention
+        )
+
+    def chain_s(
+        self,
+        shape: ModelShape,
+        *,
+        prompt_tokens: Any,
+        generated_tokens: Any,
+        samples: Any = 1,
+        batch: float = 1.0,
+        kv_budget: float | None = None,
+        **_: Any,
+    ) -> Any:
+        """This problem's share of the machine's seconds for N chains in steps of ``batch`` sequences; numbers
+        or arrays.
+
+        One prefill, then each decode step's fixed part and weights over ``batch``, and the chain's own part
+        in full.
+        """
+        t = self.terms
+        sparse: dict[str, Any] = {"kv_budget": kv_budget, "kv_block": self.kv_block, "method": self.kv_method}
+        cost = full(
+            shape,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=generated_tokens,
+            samples=samples,
+            weight_reads=0.0,
+            **sparse,
+        )
+        prompt = full(shape, prompt_tokens=prompt_tokens, generated_tokens=0, weight_reads=0.0)
+        forwards = samples * _positive(generated_tokens - 1)
+        shared = (t.step_fixed_s + t.weight_s_per_byte * float(shape.step_weight_bytes(batch))) / batch
+        own = t.sequence_s + t.decode_s_per_flop * shape.token_flops
+        prefill = t.prefill_fixed_s + t.prefill_s_per_flop * prompt.flops
+        return prefill + forwards * (shared + own) + t.kv_s_per_byte * (cost.bytes - prompt.bytes)
+
+    def save(self, path: str | Path) -> None:
+        """As JSON, NaN errors as null."""
+        data = {"schema": SCHEMA, **asdict(self)}
+        data["held_out"] = {k: None if math.isnan(v) else v for k, v in data["held_out"].items()}
+        Path(path).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read and check; raises InputError for NaN, negative, missing or unknown fields."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(), parse_constant=_no_constant)
+        except OSError as error:
+            raise InputError(
+                f"profile {path}: cannot be read ({error.strerror}); make one with ttc calibrate"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"profile {path}: {error}; calibrate again") from None
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise InputError(f"profile {path}: not a profile of schema {SCHEMA}; calibrate again")
+        try:
+            errors = {k: math.nan if v is None else float(v) for k, v in data.pop("held_out").items()}
+            terms, noise = Terms(**data.pop("terms")), float(data.pop("noise"))
+            rows = tuple(data.pop("measurements", ()))
+            profile = cls(terms=terms, held_out=HeldOut(**errors), noise=noise, measurements=rows, **data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"profile {path}: {error}; calibrate again") from None
+        if not (profile.noise >= 0 and math.isfinite(profile.noise)):
+            raise InputError(f"profile {path}: noise is {profile.noise}; calibrate again")
+        return profile
+
+
+def decode_bytes(
+    shape: ModelShape,
+    context_tokens: float,
+    kv_budget: float | None,
+    kv_block: int | None,
+    method: str | SparseMethod | None,
+) -> tuple[float, float]:
+    """KV bytes that one sequence reads and writes in one decode step, and bytes of page summaries that it
+    scores."""
+    common: dict[str, Any] = {"prompt_tokens": context_tokens, "start_tokens": 1, "generated_tokens": 1}
+    common["weight_reads"] = 0.0
+    if kv_budget is None:
+        return float(full(shape, **common).bytes), 0.0
+    rule = sparse_rule(kv_budget, kv_block, method)
+    common |= {"kv_budget": kv_budget, "kv_block": kv_block}
+    total = float(full(shape, **common, method=rule).bytes)
+    if rule is None or not rule.summaries:
+        return total, 0.0
+    quiet = SparseMethod(rule.name, 0, rule.dense_layers, rule.extra_tokens)
+    read = float(full(shape, **common, method=quiet).bytes)
+    return read, total - read
+
+
+def prefill_flops(shape: ModelShape, tokens: float, cached_tokens: float = 0) -> tuple[float, float]:
+    """Linear and attention FLOPs of prefilling ``tokens`` after ``cached_tokens``."""
+    whole = full(
+        shape, prompt_tokens=cached_tokens + tokens, cached_prompt_tokens=cached_tokens, generated_tokens=0
+    )
+    linear = tokens * (shape.token_flops - 2.0 * shape.head_params) + (
+        2.0 * shape.head_params if tokens else 0.0
+    )
+    return linear, float(whole.flops) - linear
+
+
+def _positive(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return max(value, 0)
+    import numpy as np
+
+    return np.maximum(value, 0)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"holds {text}")
