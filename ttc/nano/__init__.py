@@ -1,7 +1,8 @@
-"""The embedded reasoners: found by name, read from the ``card.json`` beside their weights, without importing torch.
+"""The embedded reasoners: found by name, read from the ``card.json`` beside their weights, without importing
+torch.
 
-A model is a folder here: Hugging Face files (config, weights, tokenizer), ``card.json`` and a README.md that tell what it was
-trained on and what was measured. ``ttc.rl`` makes them.
+A model is a folder here: Hugging Face files (config, weights, tokenizer), ``card.json`` and a README.md that
+tell what it was trained on and what was measured. ``ttc.rl`` makes them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parent
 class NanoModel:
     """One embedded reasoner.
 
-    ``format`` says how it writes (``think_open``, ``think_close``, ``close_text``, ``extract``, ``answer_tokens``); ``sampling`` how it
-    was measured; ``context`` is in tokens; ``tasks`` are queries that ``--task`` takes, the demo first.
+    ``format`` says how it writes (``think_open``, ``think_close``, ``close_text``, ``extract``,
+    ``answer_tokens``); ``sampling`` how it was measured; ``context`` is in tokens; ``tasks`` are queries that
+    ``--task`` takes, the demo first.
     """
 
     name: str

@@ -1,0 +1,268 @@
+"""Measure a nano reasoner on held-out problems and refresh its card: ``python -m ttc.rl.evaluate --model
+nano-s``.
+
+Problems, prompts and verdicts are reasoning-gym's own. Every figure carries a 95 % interval: bootstrap over
+problems, which are the independent draws (samples of one problem are not). Majority ties count by their
+chance under a fair coin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ttc.nano
+from ttc.rl import card, heldout, tokenizer
+from ttc.rl.generate import generate
+from ttc.rl.model import Nano, load
+
+MAX_THINKING_TOKENS = 1024
+ANSWER_TOKENS = 10
+RESAMPLES = 2000
+THINK_CLOSE = tokenizer.ID[tokenizer.THINK_CLOSE]
+FULL_STOP = tokenizer.ID["."]
+"""Ends every conclusion ("So 85.") and nothing else."""
+
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Verdicts (P, S) and answers (P, S) of P problems × S samples, with their thinking tokens (P, S)."""
+
+    right: np.ndarray
+    answers: list[list[str]]
+    thinking: np.ndarray
+    closed: np.ndarray
+
+
+class Bench:
+    """A model and the problems of one task, each repeated ``samples`` times."""
+
+    def __init__(self, model: Nano, task: str, n: int, samples: int, seed: int = 0) -> None:
+        self.model, self.task, self.samples = model, task, samples
+        self.data = heldout.dataset(task, heldout.EVAL_SEED, n)
+        self.items = heldout.items(task, n)
+        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    def prompts(self, effort: float | None = None) -> list[list[int]]:
+        """Prompt ids, problem by problem, each ``samples`` times."""
+        return [
+            tokenizer.encode(tokenizer.prompt(item.prompt, effort))
+            for item in self.items
+            for _ in range(self.samples)
+        ]
+
+    def extend(self, texts: list[list[int]], max_tokens: int, stop: Sequence[int]) -> list[list[int]]:
+        """New tokens for each text, sampled at temperature 1 in batches of like length."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        out: list[list[int]] = [[] for _ in texts]
+        for start in range(0, len(order), BATCH_ROWS):
+            rows = order[start : start + BATCH_ROWS]
+            news = generate(
+                self.model, [texts[row] for row in rows], max_tokens, stop=stop, generator=self.generator
+            )
+            for row, new in zip(rows, news, strict=True):
+                out[row] = new
+        return out
+
+    def think(self, max_tokens: int = MAX_THINKING_TOKENS, effort: float | None = None) -> list[list[int]]:
+        """Thinking, without its closing mark; at most ``max_tokens``."""
+        return [
+            _before(new)
+            for new in self.extend(self.prompts(effort), max_tokens, (THINK_CLOSE, tokenizer.EOS))
+        ]
+
+    def answer(self, thoughts: list[list[int]], effort: float | None = None) -> Answers:
+        """Close every thought and read the answer."""
+        texts = [
+            p + thought + [THINK_CLOSE] for p, thought in zip(self.prompts(effort), thoughts, strict=True)
+        ]
+        news = self.extend(texts, ANSWER_TOKENS, (tokenizer.EOS,))
+        flat = [tokenizer.decode(token for token in new if token != tokenizer.EOS).strip() for new in news]
+        grid = [flat[start : start + self.samples] for start in range(0, len(flat), self.samples)]
+        right = np.array([[self.verdict(p, answer) for answer in row] for p, row in enumerate(grid)])
+        lengths = np.array([len(thought) for thought in thoughts]).reshape(right.shape)
+        closed = np.array([tokenizer.EOS in new for new in news]).reshape(right.shape)
+        return Answers(right, grid, lengths, closed)
+
+    def verdict(self, problem: int, answer: str) -> bool:
+        """reasoning-gym's own."""
+        return bool(self.data.score_answer(answer, self.items[problem].entry) >= 1.0)
+
+    def with_triggers(self, trigger: str, most: int) -> list[Answers]:
+        """Answers after the first conclusion, then after 1 … ``most`` triggers put behind it, one at a
+        time."""
+        prompts = self.prompts()
+        thoughts = [
+            _before(new) for new in self.extend(prompts, MAX_THINKING_TOKENS, (FULL_STOP, THINK_CLOSE))
+        ]
+        out = [self.answer(thoughts)]
+        for _ in range(most):
+            thoughts = [thought + tokenizer.encode(trigger) for thought in thoughts]
+            texts = [p + thought for p, thought in zip(prompts, thoughts, strict=True)]
+            news = self.extend(texts, MAX_THINKING_TOKENS, (FULL_STOP, THINK_CLOSE))
+            thoughts = [thought + _before(new) for thought, new in zip(thoughts, news, strict=True)]
+            out.append(self.answer(thoughts))
+        return out
+
+
+def _before(new: list[int]) -> list[int]:
+    """Tokens before a closing mark or the end."""
+    return new[:-1] if new and new[-1] in (THINK_CLOSE, tokenizer.EOS) else new
+
+
+def majority(answers: Answers, votes: int) -> np.ndarray:
+    """(P,) chance that the most frequent of the first ``votes`` answers is right; empty answers do not
+    vote."""
+    out = []
+    for row, right in zip(answers.answers, answers.right, strict=True):
+        counts = Counter(answer for answer in row[:votes] if answer)
+        most = max(counts.values(), default=0)
+        winners = [answer for answer in counts if counts[answer] == most]
+        good = {answer for answer, ok in zip(row, right, strict=True) if ok}
+        out.append(sum(answer in good for answer in winners) / max(1, len(winners)))
+    return np.array(out)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Mean of per-problem values (P,) and its 95 % bootstrap interval over problems."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return {"mean": round(float(values.mean()), 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
+
+
+def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
+    """pass@1, coverage and majority vote, and the lengths of the thinking."""
+    votes = min(votes, answers.right.shape[1])
+    return {
+        "problems": len(answers.right),
+        "samples": answers.right.shape[1],
+        "pass@1": interval(answers.right.mean(1)),
+        f"coverage@{votes}": interval(answers.right[:, :votes].any(1).astype(float)),
+        f"majority@{votes}": interval(majority(answers, votes)),
+        "gain": interval(majority(answers, votes) - answers.right.mean(1)),
+        "thinking_tokens": {
+            "median": float(np.median(answers.thinking)),
+            "mean": round(float(answers.thinking.mean()), 1),
+            "p99": float(np.quantile(answers.thinking, 0.99)),
+        },
+        "unended": round(float(1 - answers.closed.mean()), 4),
+    }
+
+
+def difficulty(model: Nano, task: str, n: int, samples: int) -> dict[str, Any]:
+    """One row of the table by difficulty."""
+    bench = Bench(model, task, n, samples)
+    started = time.monotonic()
+    thoughts = bench.think()
+    rate = sum(map(len, thoughts)) / (time.monotonic() - started)
+    return {"task": task, **summary(bench.answer(thoughts)), "tokens_per_s": round(rate)}
+
+
+def forced_close(
+    model: Nano, task: str, n: int, samples: int, budgets: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Accuracy when ``</think>`` is forced after at most so many tokens of thinking.
+
+    ``last_total`` is the accuracy of the best that can be read off the cut text without the model: the last
+    whole number after "=", "," or "So".
+    """
+    bench = Bench(model, task, n, samples)
+    whole = bench.think()
+    rows = []
+    for budget in budgets:
+        cut = [thought[:budget] for thought in whole]
+        answers = bench.answer(cut)
+        totals = np.array(
+            [bench.verdict(i // samples, card.last_total(tokenizer.decode(t))) for i, t in enumerate(cut)]
+        )
+        rows.append(
+            {
+                "budget": budget,
+                "cut": round(float(np.mean([len(thought) > budget for thought in whole])), 3),
+                "pass@1": interval(answers.right.mean(1)),
+                "majority@8": interval(majority(answers, 8)),
+                "last_total": interval(totals.reshape(-1, samples).mean(1)),
+                "unended": round(float(1 - answers.closed.mean()), 4),
+            }
+        )
+    return rows
+
+
+def triggers(
+    model: Nano, task: str, n: int, samples: int, sentences: Sequence[str] = tokenizer.TRIGGERS, most: int = 2
+) -> list[dict[str, Any]]:
+    """Accuracy after the first conclusion and after 1 … ``most`` triggers, for each trigger sentence."""
+    rows = []
+    for trigger in sentences:
+        for k, answers in enumerate(Bench(model, task, n, samples).with_triggers(trigger, most)):
+            mean = round(float(answers.thinking.mean()), 1)
+            right = interval(answers.right.mean(1))
+            rows.append({"trigger": trigger, "k": k, "pass@1": right, "thinking_tokens": mean})
+    return rows
+
+
+def efforts(model: Nano, task: str, n: int, samples: int) -> list[dict[str, Any]]:
+    """Accuracy and length at each effort level."""
+    rows = []
+    for level in tokenizer.EFFORT_LEVELS:
+        bench = Bench(model, task, n, samples)
+        rows.append({"effort": level, **summary(bench.answer(bench.think(effort=level), level))})
+    return rows
+
+
+def evaluate(
+    folder: Path, tasks: Sequence[str], n: int = 200, samples: int = 8, show: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """All measurements of a model; the first task is the demo, on which forced closes, triggers and efforts
+    are measured."""
+    model = load(folder)
+    by_difficulty = []
+    for task in tasks:
+        by_difficulty.append(difficulty(model, task, n, samples))
+        show(json.dumps(by_difficulty[-1]))
+    half = max(1, samples // 2)
+    rest = {
+        "forced_close": forced_close(model, tasks[0], n, samples, (0, 16, 32, 64, 128, 256)),
+        "triggers": {
+            tasks[0]: triggers(model, tasks[0], n, half),
+            **{task: triggers(model, task, n, half, tokenizer.TRIGGERS[:1]) for task in tasks[1:2]},
+        },
+        "efforts": efforts(model, tasks[0], n, half),
+    }
+    show(json.dumps(rest))
+    return {"seed": heldout.EVAL_SEED, "by_difficulty": by_difficulty, **rest}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m ttc.rl.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="an embedded model's name, or a folder")
+    parser.add_argument("--task", action="append", help="measure these tasks and write nothing (repeatable)")
+    parser.add_argument("--n", type=int, default=200, help="problems per task")
+    parser.add_argument("--samples", type=int, default=8)
+    args = parser.parse_args(argv)
+    folder = ttc.nano.resolve(args.model) or Path(args.model)
+    if args.task:
+        model = load(folder)
+        for task in args.task:
+            print(json.dumps(difficulty(model, task, args.n, args.samples)), flush=True)
+        return
+    info = card.read(folder)
+    info["evaluation"] = found = evaluate(folder, info["tasks"], args.n, args.samples)
+    info["typical_thinking_tokens"] = round(found["by_difficulty"][0]["thinking_tokens"]["median"])
+    card.write(folder, info)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The recipe learns, resumes exactly, and its measurements count right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import numpy as np  # noqa: E402
+
+from ttc.rl import card  # noqa: E402
+from ttc.rl.evaluate import Answers, interval, majority  # noqa: E402
+from ttc.rl.reasoner import Run, batches  # noqa: E402
+
+CONFIG: dict[str, Any] = {
+    "shape": {"width": 32, "feed_forward": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16},
+    "data": {"max_terms": 4, "digit_weights": [1.0], "max_columns": 8},
+    "training": {
+        "tokens": 20_000,
+        "step_tokens": 512,
+        "micro_tokens": 256,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "decay_from": 0.5,
+        "final_rate": 0.1,
+        "weight_decay": 0.05,
+        "half_matmul": False,
+    },
+}
+
+
+def steps(run: Run, until: int) -> list[float]:
+    return [run.advance(run.step / 20) for _ in range(until - run.step)]
+
+
+def test_twenty_steps_lower_the_loss() -> None:
+    losses = steps(Run(CONFIG, 0, "cpu", frozenset()), 20)
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, first = Run(CONFIG, 7, "cpu", frozenset()), Run(CONFIG, 7, "cpu", frozenset())
+    expected = steps(whole, 16)
+    started = steps(first, 8)
+    first.save(tmp_path)
+    second = Run(CONFIG, 99, "cpu", frozenset())
+    second.resume(tmp_path)
+    assert second.step == 8
+    assert started + steps(second, 16) == expected
+    assert second.tokens == whole.tokens
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    run = Run(CONFIG, 0, "cpu", frozenset())
+    run.save(tmp_path)
+    other = {**CONFIG, "data": {**CONFIG["data"], "max_terms": 3}}
+    with pytest.raises(ValueError, match="another configuration"):
+        Run(other, 0, "cpu", frozenset()).resume(tmp_path)
+
+
+def test_batches_hold_every_trace_once_and_little_padding() -> None:
+    run = Run(CONFIG, 0, "cpu", frozenset())
+    traces = [run.corpus.draw(1.0) for _ in range(40)]
+    parts = batches(traces, 256)
+    assert sum(len(part.ids) for part in parts) == 40
+    assert sum(float(part.weights.sum()) for part in parts) == pytest.approx(
+        sum(sum(t.weights) for t in traces)
+    )
+    padding = 1 - sum(len(t.ids) for t in traces) / sum(part.ids.numel() for part in parts)
+    assert padding < 0.2
+
+
+def answers(rows: list[list[str]], gold: str = "1") -> Answers:
+    right = np.array([[answer == gold for answer in row] for row in rows])
+    return Answers(right, rows, np.zeros(right.shape), np.ones(right.shape, dtype=bool))
+
+
+def test_majority_counts_ties_by_chance_and_empty_answers_not_at_all() -> None:
+    votes = answers([["1", "1", "2"], ["1", "2", "3"], ["2", "2", "1"], ["", "", "1"], ["", "", ""]])
+    assert majority(votes, 3).tolist() == pytest.approx([1, 1 / 3, 0, 1, 0])
+    assert majority(votes, 1).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_intervals_hold_the_mean() -> None:
+    found = interval(np.array([0.0, 1.0] * 50))
+    assert found["mean"] == 0.5
+    assert found["ci95"][0] == pytest.approx(0.4, abs=0.03)
+    assert found["ci95"][1] == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("thought", "total"),
+    [
+        ("", ""),
+        ("47", ""),
+        ("47,85,", "85"),
+        ("47,85,2", "85"),
+        ("47 + 38 = 85;85 - 5", "85"),
+        ("47 + 38:15,8 = 85;85 - 58:7", "85"),
+        ("47,85;So 84.Wait85", "84"),
+        ("47,-15,", "-15"),
+    ],
+)
+def test_the_last_total_is_read_off_a_cut_thought(thought: str, total: str) -> None:
+    assert card.last_total(thought) == total
