@@ -23,7 +23,14 @@ def models(as_json: AsJson = False) -> None:
     known = nano.catalog()
     if as_json:
         rows = [
-            {"name": m.name, "path": str(m.path), "params": m.params, "context": m.context, "tasks": list(m.tasks)} for m in known
+            {
+                "name": m.name,
+                "path": str(m.path),
+                "params": m.params,
+                "context": m.context,
+                "tasks": list(m.tasks),
+            }
+            for m in known
         ]
         print(json.dumps(rows))
         return
@@ -32,7 +39,12 @@ def models(as_json: AsJson = False) -> None:
     from ttc.cli.render import stdout
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading, justify in (("name", "left"), ("parameters", "right"), ("context", "right"), ("tasks", "left")):
+    for heading, justify in (
+        ("name", "left"),
+        ("parameters", "right"),
+        ("context", "right"),
+        ("tasks", "left"),
+    ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for m in known:
         table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", "\n".join(m.tasks))
@@ -58,7 +70,14 @@ def doctor(
     checks += _self_test(model)
     failed = any(check.ok is False for check in checks)
     if as_json:
-        print(json.dumps({"ok": not failed, "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in checks]}))
+        print(
+            json.dumps(
+                {
+                    "ok": not failed,
+                    "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in checks],
+                }
+            )
+        )
     else:
         from rich.text import Text
 
@@ -75,7 +94,8 @@ def _packages() -> list[Check]:
     from importlib.metadata import PackageNotFoundError, version
 
     wanted = {
-        "torch": "the engine, training", "vllm": "solving on this machine", "transformers": "the engine", "math_verify": "the math verifier",
+        "torch": "the engine, training", "vllm": "solving on this machine", "transformers": "the engine",
+        "math_verify": "the math verifier",
         "reasoning_gym": "rg: tasks", "datasets": "hf: tasks", "trl": "training", "ray": "several machines", "matplotlib": "plots",
     }  # fmt: skip
     checks = []
@@ -97,7 +117,11 @@ def _plugin() -> Check:
 
     if plugin_installed():
         return Check("control plugin", True, "vLLM will load ttc's logits processor")
-    return Check("control plugin", False, "vLLM will not find ttc's logits processor: install the package (pip install -e .), a path is not enough")
+    return Check(
+        "control plugin",
+        False,
+        "vLLM will not find ttc's logits processor: install the package (pip install -e .), a path is not enough",
+    )
 
 
 def _machine() -> list[Check]:
@@ -118,18 +142,36 @@ def _self_test(model: str | None) -> list[Check]:
         return [Check("engine", False, str(error))]
     try:
         info = engine.info
-        checks = [Check("engine", True, f"{info.name} runs {info.model}, context {info.context:,}, {info.concurrency} branches at once")]
+        checks = [
+            Check(
+                "engine",
+                True,
+                f"{info.name} runs {info.model}, context {info.context:,}, {info.concurrency} branches at once",
+            )
+        ]
         settings = Settings(policy="self-consistency?n=8", budget="2k tokens", max_thinking_tokens=8)
-        run = Run(from_text("State the final answer to the following arithmetic problem: 12 + 3 - 4 + 9 - 5 ="), engine, settings)
+        run = Run(
+            from_text("State the final answer to the following arithmetic problem: 12 + 3 - 4 + 9 - 5 ="),
+            engine,
+            settings,
+        )
         result = next(iter(list(run.results())))
         cap = 8 + engine.room_tokens
         longest = max(b.completion.output_tokens for b in result.branches)
         empty = sum(not b.answer for b in result.branches)
         forced = sum(b.completion.forced_tokens for b in result.branches)
         kept = longest <= cap and not empty
-        checks.append(Check("caps", kept, f"8 branches, longest {longest} of at most {cap} tokens, {forced} forced, {empty} empty answers"))
+        checks.append(
+            Check(
+                "caps",
+                kept,
+                f"8 branches, longest {longest} of at most {cap} tokens, {forced} forced, {empty} empty answers",
+            )
+        )
         ledger, counted = run.status.charge.tokens, engine.counters().output_tokens
-        checks.append(Check("ledger", ledger == counted, f"{ledger} tokens charged, {counted} counted by the engine"))
+        checks.append(
+            Check("ledger", ledger == counted, f"{ledger} tokens charged, {counted} counted by the engine")
+        )
         return checks
     except TTCError as error:
         return [Check("self-test", False, str(error))]
@@ -140,8 +182,12 @@ def _self_test(model: str | None) -> list[Check]:
 @train_app.command("reasoner")
 def train_reasoner(
     size: Annotated[str, typer.Option(help="xs, s, m or l.")] = "s",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where checkpoints and the model go; resumed if it is there.")] = Path("runs/reasoner"),
-    minutes: Annotated[float | None, typer.Option(help="Stop after this long (the size's own if not given).")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where checkpoints and the model go; resumed if it is there.")
+    ] = Path("runs/reasoner"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this long (the size's own if not given).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the data and the initial weights.")] = 0,
 ) -> None:
     """Train an embedded reasoner from nothing."""

@@ -6,16 +6,24 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Measure ttc against bare engines and peers, side by side in one run.", add_completion=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure ttc against bare engines and peers, side by side in one run.",
+    add_completion=False,
+)
 
 
 @app.command("overhead")
 def overhead(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")
+    ] = None,
     problems: Annotated[int, typer.Option(help="Problems.")] = 40,
     samples: Annotated[int, typer.Option(help="Samples for each.")] = 16,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
-    http: Annotated[bool, typer.Option("--http/--no-http", help="Also through vLLM's server: plain client and its_hub.")] = False,
+    http: Annotated[
+        bool, typer.Option("--http/--no-http", help="Also through vLLM's server: plain client and its_hub.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Tokens a second of self-consistency through ttc over those of bare vLLM, for the same prompts and lengths."""

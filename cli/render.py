@@ -51,7 +51,9 @@ class Live:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
 
@@ -101,9 +103,16 @@ def print_line(problem: Problem, result: Result, console: Console = stderr) -> N
     mark, style = ("?", "") if verdict is None else (("✓", "green") if verdict.correct else ("✗", "red"))
     if result.error:
         mark, style = "!", "red"
-    votes = "  ".join(f"{_short(a, 14)}×{_weight(w)}" for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4])
-    question = _short(problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 46)
-    line = Text.assemble((mark, style), f" {question:46}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}")
+    votes = "  ".join(
+        f"{_short(a, 14)}×{_weight(w)}"
+        for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4]
+    )
+    question = _short(
+        problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 46
+    )
+    line = Text.assemble(
+        (mark, style), f" {question:46}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}"
+    )
     if result.error:
         line.append(f"  {_short(result.error, 70)}", style="red")
     console.print(line, overflow="ellipsis", no_wrap=True)
@@ -118,11 +127,15 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None
     if summary["accuracy"] is not None:
         low, high = summary["accuracy_ci95"]
         scored = f"{summary['correct']} of {summary['scored']}"
-        table.add_row("accuracy", f"{summary['accuracy']:.1%}  ({scored} right; 95 % interval {low:.1%} to {high:.1%})")
+        table.add_row(
+            "accuracy", f"{summary['accuracy']:.1%}  ({scored} right; 95 % interval {low:.1%} to {high:.1%})"
+        )
     failed = f", {summary['failed']} failed" if summary["failed"] else ""
     skipped = f", {summary['skipped_rows']} bad rows skipped" if summary["skipped_rows"] else ""
     resumed = f", {summary['resumed']} of them from the run directory" if summary["resumed"] else ""
-    table.add_row("problems", f"{summary['answered']} of {summary['problems']} answered{failed}{skipped}{resumed}")
+    table.add_row(
+        "problems", f"{summary['answered']} of {summary['problems']} answered{failed}{skipped}{resumed}"
+    )
     stops = ", ".join(f"{count} {why}" for why, count in sorted(summary["stopped"].items()))
     table.add_row("samples", f"{summary['samples']}  (stopped by: {stops})")
     table.add_row(
@@ -141,8 +154,12 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None
     rate = spent["tokens"] / spent["seconds"] if spent["seconds"] else 0.0
     table.add_row("time", f"{spent['seconds']:.1f} s  ({rate:,.0f} tokens a second)")
     whole = format_amount(budget["amount"], budget["unit"])
-    over = f"exceeded by {format_amount(summary['overrun'], budget['unit'])}" if summary["overrun"] else "kept"
-    table.add_row("budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}")
+    over = (
+        f"exceeded by {format_amount(summary['overrun'], budget['unit'])}" if summary["overrun"] else "kept"
+    )
+    table.add_row(
+        "budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}"
+    )
     console.print(table)
 
 

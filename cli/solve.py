@@ -19,17 +19,31 @@ if TYPE_CHECKING:
     from ttc.api import Run
     from ttc.types import Problem, Result
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id.")]
-Engine = Annotated[str, typer.Option("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server).")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id.")
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server).")
+]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", "-p", help="greedy, self-consistency, best-of-n, weighted-vote; options as 'best-of-n?n=16&score=mean-logprob'."),
+    typer.Option("--policy", "-p", help="greedy, self-consistency, best-of-n, weighted-vote; options as 'best-of-n?n=16'."),
 ]  # fmt: skip
 BudgetOption = Annotated[
-    str, typer.Option("--budget", "-b", help="'20k tokens', '3e15 eflops', '40 TeFLOPs', '30 s' or '$0.05'; never exceeded.")
+    str,
+    typer.Option(
+        "--budget", "-b", help="'20k tokens', '3e15 eflops', '40 TeFLOPs', '30 s' or '$0.05'; never exceeded."
+    ),
 ]
-Scope = Annotated[str, typer.Option("--budget-scope", help="'problem': each problem has the budget; 'run': all share it.")]
-Seed = Annotated[int, typer.Option("--seed", help="Every sample's seed is made from this, the problem's id and the sample's index.")]
+Scope = Annotated[
+    str, typer.Option("--budget-scope", help="'problem': each problem has the budget; 'run': all share it.")
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", help="Every sample's seed is made from this, the problem's id and the sample's index."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no line per problem.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
@@ -60,7 +74,7 @@ def solve(
     intensity: Annotated[float | None, typer.Option(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
     price_input: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
     price_output: Annotated[float | None, typer.Option(help="Dollars per million output tokens.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows and too long prompts out, and count them.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out bad rows and too long prompts.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -71,7 +85,11 @@ def solve(
     from ttc.api import DEFAULT_MODEL, Settings
     from ttc.problems import load
 
-    price = {k: v for k, v in {"usd_per_m_input": price_input, "usd_per_m_output": price_output}.items() if v is not None}
+    price = {
+        k: v
+        for k, v in {"usd_per_m_input": price_input, "usd_per_m_output": price_output}.items()
+        if v is not None
+    }
     settings = Settings(
         policy=policy, budget=budget, scope=budget_scope, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k,
         max_thinking_tokens=max_thinking, effort=effort, kv_budget=kv_budget, kv_method=kv_method, intensity=intensity,
@@ -117,7 +135,9 @@ def demo(
     name = model or DEFAULT_MODEL
     known = {m.name: m for m in nano.catalog()}
     if name not in known:
-        raise InputError(f"model: the demo runs on an embedded reasoner, not {name!r}; use one of {', '.join(known)}")
+        raise InputError(
+            f"model: the demo runs on an embedded reasoner, not {name!r}; use one of {', '.join(known)}"
+        )
     task = known[name].tasks[0]
     problems = from_task(task, n, seed)
     settings = Settings(policy="self-consistency?n=8", budget=budget, seed=seed)
@@ -143,9 +163,14 @@ def demo(
         stdout.print("\nWhat votes buy (the same samples; 95 % intervals over problems):")
         for point in curve:
             bar = "█" * round(40 * point.accuracy)
-            stdout.print(f"  {point.votes} vote{'s' if point.votes > 1 else ' '}  {point.accuracy:6.1%}  ({point.low:.1%} to {point.high:.1%})  {bar}")
+            stdout.print(
+                f"  {point.votes} vote{'s' if point.votes > 1 else ' '}  {point.accuracy:6.1%}"
+                f"  ({point.low:.1%} to {point.high:.1%})  {bar}"
+            )
         gain = curve[-1].gain
-        stdout.print(f"  gain of {curve[-1].votes} votes over 1: {gain.mean:+.1%}  ({gain.low:+.1%} to {gain.high:+.1%}, paired)")
+        stdout.print(
+            f"  gain of {curve[-1].votes} votes over 1: {gain.mean:+.1%}  ({gain.low:+.1%} to {gain.high:+.1%}, paired)"
+        )
 
 
 def _shape(name: str) -> Any:
@@ -170,7 +195,9 @@ def _opened(model: str, engine: str, options: dict[str, Any], *, say: bool) -> I
         opened.close()
 
 
-def _without_too_long(problems: list[Problem], engine: Any, effort: float | None) -> tuple[list[Problem], list[str]]:
+def _without_too_long(
+    problems: list[Problem], engine: Any, effort: float | None
+) -> tuple[list[Problem], list[str]]:
     room = engine.info.context - engine.room_tokens - 1
     kept, skipped = [], []
     for problem in problems:
@@ -178,9 +205,13 @@ def _without_too_long(problems: list[Problem], engine: Any, effort: float | None
         if tokens <= room:
             kept.append(problem)
         else:
-            skipped.append(f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves")
+            skipped.append(
+                f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves"
+            )
     if not kept:
-        raise InputError(f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one")
+        raise InputError(
+            f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one"
+        )
     return kept, skipped
 
 
@@ -233,7 +264,11 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
         print_summary(summary)
     if run.interrupted:
         done = f"{len(results)} of {len(run.problems)} problems are done"
-        how = f"and saved; the same command resumes in {out}" if out is not None else "; give --out DIR to be able to resume"
+        how = (
+            f"and saved; the same command resumes in {out}"
+            if out is not None
+            else "; give --out DIR to be able to resume"
+        )
         stderr.print(f"ttc: stopped: {done} {how}")
         raise typer.Exit(3)
     for result in results:

@@ -1,7 +1,7 @@
 """What to buy for a budget. A policy is a frozen dataclass with a ``name`` and one generator method, ``run(problem, brief)``.
 
-``parse`` reads what people write: ``self-consistency``, ``best-of-n?n=16&score=mean-logprob``, or ``package.module:Class?key=value``
-for a policy of your own.
+``parse`` reads what people write: ``self-consistency``, ``best-of-n?n=16&score=mean-logprob``, or for a policy of your own
+``package.module:Class?key=value``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def parse(text: str) -> Policy:
     if kind is None:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"policy: unknown policy {name!r}; {hint}use one of {', '.join(POLICIES)}, or package.module:Class")
-    options = {key: value for key, value in parse_qsl(query, keep_blank_values=True)}
+        raise InputError(
+            f"policy: unknown policy {name!r}; {hint}use one of {', '.join(POLICIES)}, or package.module:Class"
+        )
+    options = dict(parse_qsl(query, keep_blank_values=True))
     fields = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     values: dict[str, Any] = {}
     for key, value in options.items():
@@ -55,7 +57,9 @@ def _imported(name: str) -> type[Any]:
     try:
         return cast("type[Any]", getattr(importlib.import_module(module), attribute))
     except (ImportError, AttributeError) as error:
-        raise InputError(f"policy: can't import {name!r} ({error}); write package.module:Class of something importable") from error
+        raise InputError(
+            f"policy: can't import {name!r} ({error}); write package.module:Class of something importable"
+        ) from error
 
 
 def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
@@ -68,7 +72,9 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
         if isinstance(default, float):
             return float(value)
     except (ValueError, KeyError):
-        raise InputError(f"policy: {policy} wants {type(default).__name__} for {key}, not {value!r}") from None
+        raise InputError(
+            f"policy: {policy} wants {type(default).__name__} for {key}, not {value!r}"
+        ) from None
     return value
 
 

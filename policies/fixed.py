@@ -117,5 +117,3 @@ def _scores(branches: tuple[Branch, ...] | list[Branch], by: str) -> Generator[W
         return confidences(branches, by)
     reply = yield Score(tuple(branches), why="reward model")
     return list(reply.scores)
-
-

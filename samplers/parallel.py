@@ -18,9 +18,17 @@ class Parallel:
     signals: tuple[str, ...] = ()
 
     def run(
-        self, problem: Problem, brief: Brief, until: Callable[[Sequence[Branch]], bool] | None = None, why: str = ""
+        self,
+        problem: Problem,
+        brief: Brief,
+        until: Callable[[Sequence[Branch]], bool] | None = None,
+        why: str = "",
     ) -> Generator[Work, Reply, tuple[Branch, ...]]:
-        sampling = brief.sampling if self.temperature is None else replace(brief.sampling, temperature=self.temperature)
+        sampling = (
+            brief.sampling
+            if self.temperature is None
+            else replace(brief.sampling, temperature=self.temperature)
+        )
         requests = tuple(
             brief.request(problem, index, sampling=sampling, signals=self.signals) for index in range(self.n)
         )

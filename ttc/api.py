@@ -1,9 +1,9 @@
 """The Python API: open an engine, solve one problem, run many under one budget. Sync; ``asolve`` and ``arun`` for event loops.
 
-    import ttc
-    result = ttc.solve("What is 17 * 24 - 5?", model="nano-s", budget="2k tokens")
-    with ttc.open_engine("nano-s") as engine:
-        for result in ttc.run(problems, engine=engine, policy="self-consistency?n=16", budget="1M tokens", scope="run"): ...
+import ttc
+result = ttc.solve("What is 17 * 24 - 5?", model="nano-s", budget="2k tokens")
+with ttc.open_engine("nano-s") as engine:
+    for result in ttc.run(problems, engine=engine, policy="self-consistency?n=16", budget="1M tokens", scope="run"): ...
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ class Settings:
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise InputError(f"max-thinking: {self.max_thinking_tokens} tokens is no thought; give 1 or more")
         if self.kv_budget is not None or self.kv_method is not None:
-            raise InputError("kv-budget: sparse decoding is not in this version; leave --kv-budget and --kv-method out")
+            raise InputError(
+                "kv-budget: sparse decoding is not in this version; leave --kv-budget and --kv-method out"
+            )
 
 
 class Run:
@@ -135,7 +137,9 @@ class Run:
         needed = set(getattr(self.policy, "signals", ()))
         missing = sorted(needed - set(info.signals))
         if missing:
-            raise InputError(f"policy: {self.policy.name} needs {missing[0]}, which the {info.name} engine can't measure")
+            raise InputError(
+                f"policy: {self.policy.name} needs {missing[0]}, which the {info.name} engine can't measure"
+            )
         brief = Brief(
             seed=settings.seed,
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,

@@ -24,7 +24,7 @@ _UNITS: dict[str, Unit] = {
 }  # fmt: skip
 _SCALED_SECONDS = {"ms": 1e-3, "min": 60.0, "minutes": 60.0, "minute": 60.0, "h": 3600.0, "hours": 3600.0}
 _NUMBER = r"(?P<number>[0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)"
-_WRITTEN = re.compile(rf"^{_NUMBER}\s*(?P<prefix>[kKMGTPE]?)\s*(?P<unit>[A-Za-z$]*)$")
+_WRITTEN = re.compile(rf"^{_NUMBER}\s*(?P<prefix>[kKMGTPE]?)\s*(?P<unit>[A-Za-z$-]*)$")
 _EXAMPLES = "write it as '20k tokens', '3e15 eflops', '40 TeFLOPs', '30 s' or '$0.05'"
 
 
@@ -39,6 +39,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.amount > 0:  # NaN too
             raise InputError(f"budget: {self.amount:g} {self.unit} buys nothing; give an amount above 0")
+        if self.amount == float("inf"):
+            raise InputError("budget: an infinite amount is no budget; give a finite one")
         if self.unit not in get_args(Unit):
             raise InputError(f"budget: unknown unit {self.unit!r}; use one of {', '.join(get_args(Unit))}")
         if self.scope not in get_args(Scope):

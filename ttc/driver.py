@@ -184,7 +184,10 @@ class Driver:
         self._ticket = self._pushes = 0
         self._stop = False
         self._done: deque[Result] = deque()
-        self._lengths: list[float] = [0.0, 0.0]  # sum and count of output tokens of branches that ended by themselves
+        self._lengths: list[float] = [
+            0.0,
+            0.0,
+        ]  # sum and count of output tokens of branches that ended by themselves
         self._costs: list[float] = [0.0, 0.0]  # the same for what they cost, in the budget's unit
         self._begun = 0.0
 
@@ -415,7 +418,9 @@ class Driver:
         account, meter = job.account, job.account.meter
         first = not job.flights and not any(branch.usable for branch in job.branches)
         if account is self._run_account:
-            meter.settle(-1 - job.order, 0.0)  # what was set aside for this problem's first answer is its own to use
+            meter.settle(
+                -1 - job.order, 0.0
+            )  # what was set aside for this problem's first answer is its own to use
         thinking = self._affordable(job, request, first)
         if thinking is None and account.flights:
             if account is self._run_account and first:
@@ -511,7 +516,9 @@ class Driver:
     # -- work that ended ---------------------------------------------------------------------------------------------------
     def _land(self, ticket: int, flight: Flight, completion: Completion, now: float) -> None:
         job = flight.job
-        if flight.closing and completion.finish == "abort":  # time ran out while it was answering: what it wrote counts
+        if (
+            flight.closing and completion.finish == "abort"
+        ):  # time ran out while it was answering: what it wrote counts
             completion = replace(completion, finish="length")
         charge = flight.carried + self.pricer.charge(flight.request, completion, now - flight.submitted)
         attempt = spent_in(self.budget.unit, charge) - spent_in(self.budget.unit, flight.carried)
@@ -521,13 +528,19 @@ class Driver:
         job.account.flights -= 1
         job.flights.discard(ticket)
         self._unpark()
-        retry = completion.finish == "error" and flight.attempts < RETRIES and not (job.cancelled or job.failed or self._stop)
+        retry = (
+            completion.finish == "error"
+            and flight.attempts < RETRIES
+            and not (job.cancelled or job.failed or self._stop)
+        )
         if retry and job.account.meter.fits(self._most(job, flight.request, flight.request.thinking_tokens)):
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
         job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
         branch = self._branch(flight, completion, charge)
-        self.ledger.write_branch(branch, flight.request, interrupted=self._stop and completion.finish == "abort")
+        self.ledger.write_branch(
+            branch, flight.request, interrupted=self._stop and completion.finish == "abort"
+        )
         self._learn(branch)
         self._arrive(job, flight.slot, branch)
 
@@ -625,7 +638,9 @@ class Driver:
             try:
                 found = self.judge.verdict(job.problem, candidate)
             except Exception as failure:
-                error = error or (f"verifier: {type(failure).__name__}: {failure}" if candidate == answer else "")
+                error = error or (
+                    f"verifier: {type(failure).__name__}: {failure}" if candidate == answer else ""
+                )
                 continue
             if candidate == answer:
                 verdict = found
@@ -654,7 +669,13 @@ class Driver:
         self._done.append(result)
 
     def _close(
-        self, job: Job, answer: str | None, verdict: Verdict | None, stop: str, votes: Mapping[str, float], error: str,
+        self,
+        job: Job,
+        answer: str | None,
+        verdict: Verdict | None,
+        stop: str,
+        votes: Mapping[str, float],
+        error: str,
         right: tuple[str, ...] = (),
     ) -> None:
         shared = [s for s in job.shared_eflops if s]
@@ -747,7 +768,9 @@ class Driver:
                 flight = self._flights.pop(ticket, None)
                 if flight is None:
                     continue
-                charge = flight.carried + self.pricer.charge(flight.request, completion, self.clock() - flight.submitted)
+                charge = flight.carried + self.pricer.charge(
+                    flight.request, completion, self.clock() - flight.submitted
+                )
                 branch = self._branch(flight, completion, charge)
                 self._add_charge(flight.job, charge)
                 self.ledger.write_branch(branch, flight.request, interrupted=completion.finish == "abort")
@@ -759,7 +782,9 @@ class Driver:
                 "", "abort", flight.job.prompt_tokens if flight.tokens else 0, flight.tokens,
                 weight_reads=flight.reads, error=why,
             )  # fmt: skip
-            charge = flight.carried + self.pricer.charge(flight.request, lost, self.clock() - flight.submitted)
+            charge = flight.carried + self.pricer.charge(
+                flight.request, lost, self.clock() - flight.submitted
+            )
             self.ledger.write_branch(self._branch(flight, lost, charge), flight.request, interrupted=True)
         self._flights.clear()
 

@@ -53,5 +53,3 @@ class Jury:
     def close(self) -> None:
         for each in self._verifiers.values():
             each.close()
-
-

@@ -20,7 +20,21 @@ from ttc.types import Branch, Charge, Completion, Decision, Request, Result, Ver
 
 T = TypeVar("T")
 SCHEMA = 1
-COMPARED = ("model", "identity", "policy", "budget", "seed", "sampling", "format", "problems", "effort", "kv_budget", "kv_method", "price", "schema")
+COMPARED = (
+    "model",
+    "identity",
+    "policy",
+    "budget",
+    "seed",
+    "sampling",
+    "format",
+    "problems",
+    "effort",
+    "kv_budget",
+    "kv_method",
+    "price",
+    "schema",
+)
 """The keys of run.json that must be the same for a run to be resumed."""
 
 
@@ -97,7 +111,9 @@ class Ledger:
                 good += len(line)
             except ValueError as error:
                 if good + len(line) < len(data):
-                    raise InputError(f"{path} line {number} is damaged ({error}); move the directory away or mend the line") from None
+                    raise InputError(
+                        f"{path} line {number} is damaged ({error}); move the directory away or mend the line"
+                    ) from None
                 self.notices.append(f"{path.name}: the last line was torn and is dropped ({len(line)} bytes)")
                 with path.open("r+b") as file:
                     file.truncate(good)
@@ -171,7 +187,9 @@ def branch_from_json(row: Mapping[str, Any]) -> Branch:
             charge=_build(Charge, row["charge"]),
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"branches.jsonl: a line is not a branch of this version of ttc ({error}); start a new run directory") from error
+        raise InputError(
+            f"branches.jsonl: a line is not a branch of this version of ttc ({error}); start a new run directory"
+        ) from error
 
 
 def result_to_json(result: Result) -> dict[str, Any]:
@@ -243,11 +261,15 @@ def _refuse_strangers(path: Path) -> None:
         raise InputError(f"--out {path} is a file; give a directory")
     strangers = [p.name for p in path.iterdir() if p.suffix == ".jsonl"] if path.is_dir() else []
     if strangers:
-        raise InputError(f"--out {path} holds {strangers[0]} but no run.json, so it is no run of ttc; give another directory")
+        raise InputError(
+            f"--out {path} holds {strangers[0]} but no run.json, so it is no run of ttc; give another directory"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {path}: can't be created ({error.strerror}); give another directory") from error
+        raise InputError(
+            f"--out {path}: can't be created ({error.strerror}); give another directory"
+        ) from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -38,9 +38,13 @@ class Pricer:
     def check(self, unit: Unit) -> None:
         """Raise InputError if this unit can't be charged on this engine."""
         if unit == "eflops" and self.shape is None:
-            raise InputError("budget: eFLOPs can't be charged, the server's model config is unknown; pass --shape MODEL or use tokens")
+            raise InputError(
+                "budget: eFLOPs can't be charged, the server's model config is unknown; pass --shape MODEL or use tokens"
+            )
         if unit == "dollars" and self.usd_per_m_output is None and self.usd_per_hour is None:
-            raise InputError("budget: dollars need a price; pass --price-output (and --price-input) per million tokens, or --price-hour")
+            raise InputError(
+                "budget: dollars need a price; pass --price-output (and --price-input) per million tokens, or --price-hour"
+            )
 
     def _reads(self, tokens: int, measured: float | None) -> float:
         if measured is not None and self.measures_batch:
@@ -94,7 +98,9 @@ class Pricer:
         return Kinetics(float(two - one), float(2 * one - two))
 
     def _dollars(self, prompt: int, output: int, seconds: float) -> float:
-        by_token = prompt * (self.usd_per_m_input or 0.0) / 1e6 + output * (self.usd_per_m_output or 0.0) / 1e6
+        by_token = (
+            prompt * (self.usd_per_m_input or 0.0) / 1e6 + output * (self.usd_per_m_output or 0.0) / 1e6
+        )
         return by_token + (self.usd_per_hour or 0.0) * seconds / 3600 / self.concurrency
 
     def most(
@@ -107,7 +113,9 @@ class Pricer:
         if unit == "tokens":
             return float(tokens)
         if unit == "dollars":
-            return prompt * (self.usd_per_m_input or 0.0) / 1e6 + tokens * (self.usd_per_m_output or 0.0) / 1e6
+            return (
+                prompt * (self.usd_per_m_input or 0.0) / 1e6 + tokens * (self.usd_per_m_output or 0.0) / 1e6
+            )
         if unit == "seconds" or self.shape is None:
             return 0.0
         worst = self._reads(tokens, reads + tokens - done)

@@ -109,7 +109,7 @@ def steer_close(key: int) -> None:
         _STEERED.add(key)
 
 
-class ControlProcessor(LogitsProcessor):
+class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
     """Executes the instructions of every row that has any; rows without are never touched."""
 
     @classmethod
@@ -124,7 +124,9 @@ class ControlProcessor(LogitsProcessor):
             raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}']: unknown key {unknown[0]!r}")
         due = instructions.get("due", 0)
         if not isinstance(due, int) or due < 0:
-            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}']['due'] must be a whole number >= 0, got {due!r}")
+            raise ValueError(
+                f"extra_args['{EXTRA_ARGS_KEY}']['due'] must be a whole number >= 0, got {due!r}"
+            )
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
@@ -283,6 +285,6 @@ def instructions(control: Control) -> dict[str, Any]:
     return {
         EXTRA_ARGS_KEY: Instructions(
             due=control.due, think_close=control.think_close, close=control.close, lead=control.lead,
-            signals=control.signals, **({"key": control.key} if control.key is not None else {}),  # type: ignore[typeddict-item]
+            signals=control.signals, **({"key": control.key} if control.key is not None else {}),
         )
     }  # fmt: skip

@@ -38,7 +38,12 @@ Writer = Callable[[Request, int], Script]
 
 
 def random_writer(
-    *, mean_thinking: float = 40.0, p_right: float = 0.6, p_fail: float = 0.0, p_hang: float = 0.0, flaky: bool = False
+    *,
+    mean_thinking: float = 40.0,
+    p_right: float = 0.6,
+    p_fail: float = 0.0,
+    p_hang: float = 0.0,
+    flaky: bool = False,
 ) -> Writer:
     """Geometric thinking lengths; the gold answer with ``p_right``, else one of three wrong ones; mishaps at random positions.
     ``flaky``: a request issued again is drawn anew, as from a real engine at another batch size."""
@@ -126,7 +131,9 @@ class FakeEngine:
         self.now += self.step_seconds
         report = StepReport(finished=self._ended)
         self._ended = []
-        moving = [(t, b) for t, b in self._live.items() if b.script.hangs_at is None or b.output < b.script.hangs_at]
+        moving = [
+            (t, b) for t, b in self._live.items() if b.script.hangs_at is None or b.output < b.script.hangs_at
+        ]
         if moving:
             self._counts["steps"] += 1
         for ticket, live in moving:
@@ -145,7 +152,11 @@ class FakeEngine:
             live.queue -= 1
             live.forced += 1
         elif live.closed_at is None and live.output >= live.due:
-            live.queue, live.closed_at, live.by_force = self.close_tokens - 1, live.output + self.close_tokens, True
+            live.queue, live.closed_at, live.by_force = (
+                self.close_tokens - 1,
+                live.output + self.close_tokens,
+                True,
+            )
             live.forced += 1
         else:
             live.generated += 1
@@ -161,7 +172,11 @@ class FakeEngine:
     def _end(self, ticket: int, finish: Literal["stop", "length", "abort", "error"]) -> Completion:
         live = self._live.pop(ticket)
         rng = random.Random(live.request.seed)
-        text = "thinking" if live.closed_at is None or finish in ("abort", "error") else f"thinking</think>{live.script.answer}"
+        text = (
+            "thinking"
+            if live.closed_at is None or finish in ("abort", "error")
+            else f"thinking</think>{live.script.answer}"
+        )
         return Completion(
             text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
             generated_tokens=live.generated, forced_tokens=live.forced, closed=live.by_force, weight_reads=live.reads,

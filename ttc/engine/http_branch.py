@@ -1,10 +1,12 @@
-"""One branch over HTTP as a state machine without I/O: which call comes next, with how many tokens, and what it all cost.
+"""One branch over HTTP as a state machine without I/O: which call comes next, with how many tokens, and what
+it all cost.
 
-A server knows only ``max_tokens``, so a branch is a chain of calls. The first may use what is left of ``thinking_tokens``; where
-the thought is still open at its end (or is steered to one), ``close_text`` is written into the prompt and a second call answers in
-the room; where the answer was still being written, it goes on in the room. A call that was cut (a dropped connection, a
-cancellation) is counted for all that the server may have sampled, and the next has that much less. Hence, whatever the server
-does inside ``max_tokens``: generated + forced <= thinking_tokens + room_tokens.
+A server knows only ``max_tokens``, so a branch is a chain of calls. The first may use what is left of
+``thinking_tokens``; where the thought is still open at its end (or is steered to one), ``close_text`` is
+written into the prompt and a second call answers in the room; where the answer was still being written, it
+goes on in the room. A call that was cut (a dropped connection, a cancellation) is counted for all that the
+server may have sampled, and the next has that much less. Hence, whatever the server does inside
+``max_tokens``: generated + forced <= thinking_tokens + room_tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """What may be inserted into a branch: ``close`` ends an open thought; ``open_close`` an empty one that was never opened;
-    ``lead`` stands before an unfinished answer ("" : nothing); ``begin`` before an empty one."""
+    """What may be inserted into a branch: ``close`` ends an open thought; ``open_close`` an empty one that
+    was never opened; ``lead`` stands before an unfinished answer ("" : nothing); ``begin`` before an empty
+    one."""
 
     close: Span
     open_close: Span
@@ -56,7 +59,7 @@ class Spans:
 
 @dataclass(slots=True)
 class _Call:
-    """The call that is running: ``counted`` are tokens seen in events, ``usage`` the server's own last word."""
+    """The call that is running: ``counted`` are tokens seen in events, ``usage`` the server's last word."""
 
     max_tokens: int
     accepted: bool = False
@@ -72,8 +75,9 @@ class _Call:
 
 @dataclass(slots=True)
 class HTTPBranch:
-    """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the chat template itself
-    opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold back between two events."""
+    """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the
+    chat template itself opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold
+    back between two events."""
 
     request: Request
     form: AnswerFormat
@@ -91,6 +95,7 @@ class HTTPBranch:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     calls: int = 0
+    accepted: int = 0
     answering: bool = False
     closed_by_force: bool = False
     steered: bool = False
@@ -102,17 +107,15 @@ class HTTPBranch:
     _scored: int = 0
     _last_logprob: float = 0.0
 
-    # -- what comes next ---------------------------------------------------------------------------------------------------
+    # -- what comes next ---------------------------------------------------------------------------
     def next_tokens(self) -> int:
-        """``max_tokens`` of the next call, after inserting what must stand before it; 0: the branch is done."""
+        """``max_tokens`` of the next call, once what must stand before it is inserted; 0: all is done."""
         if not self.answering:
             left = self.thinking - self.generated
             if self._last == "stop" and self._answered():
                 return 0
-            if not self._last and left > 0 and not self.steered and self._never_interrupted():
-                return left + self.room
             if self._last not in ("stop", "length") and left > 0 and not self.steered:
-                return left
+                return left + (self.room if self._never_interrupted() else 0)
             self._begin_answer()
         elif self._last in ("stop", "length"):
             return 0
@@ -124,13 +127,19 @@ class HTTPBranch:
         return "stop" if self._last == "stop" else "length"
 
     @property
+    def least_passes(self) -> int:
+        """Calls accepted so far, and those that the branch still needs at the least."""
+        return self.accepted + (1 if self.answering else 2)
+
+    @property
     def output_tokens(self) -> int:
         """Tokens so far, the running call's included."""
         return self.generated + self.forced + (self._call.tokens if self._call is not None else 0)
 
-    def restart(self) -> None:
-        """Forget an unfinished thought that the server can't go on from. What it cost stays charged."""
-        self.text, self.ids, self._folding = "", [], False
+    def restart_if_cut(self) -> None:
+        """Forget a thought that was cut and that the server can't go on from. What it cost stays charged."""
+        if self._last == "cut" and not self.answering:
+            self.text, self.ids, self._folding = "", [], False
 
     def _never_interrupted(self) -> bool:
         """True if nothing could be inserted at the thinking cap, so that one call can have it all."""
@@ -140,7 +149,8 @@ class HTTPBranch:
         return self.request.prefix + self.text
 
     def _answered(self) -> bool:
-        """True if a branch that stopped by itself has an answer: text after its thought, or text without any thought."""
+        """True if a branch that stopped by itself has an answer: text after its thought, or text without any
+        thought."""
         return not self._thinking(stopped=True) and bool(self._answer_text().strip())
 
     def _answer_text(self) -> str:
@@ -148,8 +158,8 @@ class HTTPBranch:
         return written.rpartition(close)[2] if close and close in written else written
 
     def _thinking(self, *, stopped: bool) -> bool:
-        """True if the thought is open. Where it is unknown whether the template opens one, a text that stopped by itself has not
-        been a thought, and one that was cut has."""
+        """True if the thought is open. Where it is unknown whether the template opens one, a text that
+        stopped by itself has not been a thought, and one that was cut has."""
         written, form = self._written(), self.form
         if not form.think_close or form.think_close in written:
             return False
@@ -174,9 +184,10 @@ class HTTPBranch:
         self.ids.extend(span.ids or ())
         self.forced += span.tokens
         self.answering, self._folding = True, False
-        self._answer_left = self.form.answer_tokens if span.tokens else self.room
+        left = self.thinking + self.room - self.generated - self.forced
+        self._answer_left = min(self.form.answer_tokens if span.tokens else self.room, left)
 
-    # -- the running call --------------------------------------------------------------------------------------------------
+    # -- the running call --------------------------------------------------------------------------
     def begin(self, max_tokens: int) -> None:
         self._call = _Call(max_tokens)
         self.calls += 1
@@ -210,8 +221,9 @@ class HTTPBranch:
         return bool(call.finish) or call.tokens <= call.max_tokens
 
     def end(self, *, cut: bool) -> None:
-        """The call is over; ``cut``: it did not come to its own end. Nothing is counted for a call that was never accepted; for
-        one that was cut, at least one token and all that the server may have sampled unseen."""
+        """The call is over; ``cut``: it did not come to its own end. Nothing is counted for a call that was
+        never accepted; for one that was cut, at least one token and all that the server may have sampled
+        unseen."""
         call, self._call = self._call, None
         if call is None:
             return
@@ -220,21 +232,26 @@ class HTTPBranch:
             self._last = "length" if call.tokens >= call.max_tokens else "stop"
         if not call.accepted:
             return
+        self.accepted += 1
         tokens = call.tokens
         if cut:
             tokens = min(max(tokens + self.unseen if tokens else 1, 1), max(call.max_tokens, tokens))
         self.generated += tokens
         self._answer_left -= tokens
-        self.prompt_tokens += call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
+        self.prompt_tokens += (
+            call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
+        )
         self.cached_tokens += call.usage.cached if call.usage is not None else 0
-        if self._last == "stop" and call.ids and self._scored:  # the end-of-sequence token says nothing of the answer
+        if (
+            self._last == "stop" and call.ids and self._scored
+        ):  # the end-of-sequence token says nothing of the answer
             self._logprob_sum, self._scored = self._logprob_sum - self._last_logprob, self._scored - 1
 
     def _prompt_now(self, call: _Call) -> int:
         """The prompt of a call whose server counted nothing: ours, and what had been written before it."""
         return self.prompt + max(len(self.ids) - call.ids, 0) if self.ids_known else self.prompt
 
-    # -- the end -----------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
     def completion(self, finish: Finish, error: str = "") -> Completion:
         return Completion(
             text=self.text,

@@ -47,7 +47,9 @@ def load_model_files(model: str) -> ModelFiles:
         if folder.is_dir():
             target = str(folder)
         elif model.startswith((".", "/", "~")) or "/" not in model:
-            raise InputError(f"model: there is no {model!r}; use one of {_known()}, a folder, or a hub id such as Qwen/Qwen3-8B")
+            raise InputError(
+                f"model: there is no {model!r}; use one of {_known()}, a folder, or a hub id such as Qwen/Qwen3-8B"
+            )
         else:
             folder = _from_hub(model)
     config = _read_json(folder / "config.json", required=True)
@@ -72,7 +74,9 @@ def _from_hub(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise InputError(f"model: {model!r} is not a folder here, and hub ids need transformers; pip install 'ttc[vllm]'") from error
+        raise InputError(
+            f"model: {model!r} is not a folder here, and hub ids need transformers; pip install 'ttc[vllm]'"
+        ) from error
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja"]))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
@@ -85,23 +89,33 @@ def _from_hub(model: str) -> Path:
 def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
     if not path.is_file():
         if required:
-            raise InputError(f"model: {path.parent} has no {path.name}; point --model at a Hugging Face model folder")
+            raise InputError(
+                f"model: {path.parent} has no {path.name}; point --model at a Hugging Face model folder"
+            )
         return {}
     try:
         loaded = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise InputError(f"model: {path} is not JSON (line {error.lineno}: {error.msg}); fetch it again") from error
+        raise InputError(
+            f"model: {path} is not JSON (line {error.lineno}: {error.msg}); fetch it again"
+        ) from error
     return dict(loaded)
 
 
 def _format(folder: Path, card: Mapping[str, Any]) -> AnswerFormat:
     if "format" in card:
-        known = {f.name for f in fields(AnswerFormat)}  # a card may tell more (triggers, efforts) than this version reads
+        known = {
+            f.name for f in fields(AnswerFormat)
+        }  # a card may tell more (triggers, efforts) than this version reads
         return AnswerFormat(**{key: value for key, value in card["format"].items() if key in known})
     from ttc.answers import detect_format
 
     template = folder / "chat_template.jinja"
-    text = template.read_text() if template.is_file() else _read_json(folder / "tokenizer_config.json").get("chat_template")
+    text = (
+        template.read_text()
+        if template.is_file()
+        else _read_json(folder / "tokenizer_config.json").get("chat_template")
+    )
     vocabulary = folder / "tokenizer.json"
     words = vocabulary.read_text() if vocabulary.is_file() else ""
     return detect_format(text if isinstance(text, str) else None, lambda token: json.dumps(token) in words)

@@ -86,7 +86,11 @@ class VLLMEngine:
             shape=self.files.shape,
             thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty"),
-            identity={**self.files.identity, "vllm": _vllm_version(), "dtype": str(config.dtype).removeprefix("torch.")},
+            identity={
+                **self.files.identity,
+                "vllm": _vllm_version(),
+                "dtype": str(config.dtype).removeprefix("torch."),
+            },
         )
         self._running: dict[int, _Running] = {}
         self._ended: list[tuple[int, Completion]] = []
@@ -97,7 +101,9 @@ class VLLMEngine:
         on_cpu = self._vllm.platforms.current_platform.is_cpu()
         limit = self.files.context
         if context is not None and limit and context > limit:
-            raise InputError(f"context: {context} tokens is more than {self.files.name} takes ({limit}); lower it")
+            raise InputError(
+                f"context: {context} tokens is more than {self.files.name} takes ({limit}); lower it"
+            )
         length = context or min(limit or 32768, 32768)
         args: dict[str, Any] = {
             "model": str(self.files.path),
@@ -279,7 +285,9 @@ class VLLMEngine:
 
     def counters(self) -> Counters:
         stats = self._stats
-        return Counters(stats.requests, stats.output_tokens, stats.prompt_tokens, stats.cached_tokens, stats.steps)
+        return Counters(
+            stats.requests, stats.output_tokens, stats.prompt_tokens, stats.cached_tokens, stats.steps
+        )
 
     def close(self) -> None:
         llm, self._llm = getattr(self, "_llm", None), None
@@ -291,7 +299,9 @@ class _Stats:
     """vLLM's own counts, step by step, through its stat-logger hook."""
 
     def __init__(self) -> None:
-        self.requests = self.output_tokens = self.prompt_tokens = self.cached_tokens = self.steps = self.preemptions = 0
+        self.requests = self.output_tokens = self.prompt_tokens = self.cached_tokens = self.steps = (
+            self.preemptions
+        ) = 0
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> Any:
         return self
@@ -318,7 +328,9 @@ class _Stats:
 def _import_vllm() -> Any:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("OMP_NUM_THREADS", "1" if (os.cpu_count() or 1) <= 2 else str((os.cpu_count() or 2) // 2))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1" if (os.cpu_count() or 1) <= 2 else str((os.cpu_count() or 2) // 2)
+    )
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -328,7 +340,9 @@ def _import_vllm() -> Any:
             import vllm.sampling_params
             import vllm.v1.engine.llm_engine
     except ImportError as error:
-        raise EngineError(f"vLLM can't be imported ({_one_line(error)}); install it with 'make setup' or pip install vllm") from error
+        raise EngineError(
+            f"vLLM can't be imported ({_one_line(error)}); install it with 'make setup' or pip install vllm"
+        ) from error
     return vllm
 
 
@@ -343,7 +357,9 @@ def _vllm_version() -> str:
 
 def plugin_installed() -> bool:
     """True if vLLM will load our logits processor (the entry point is there: the package was installed, not just on the path)."""
-    return any(e.value.startswith("ttc.engine.control:") for e in entry_points(group="vllm.logits_processors"))
+    return any(
+        e.value.startswith("ttc.engine.control:") for e in entry_points(group="vllm.logits_processors")
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,61 @@
+"""Shared by all tests: no network, no hub, quiet engines."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from ttc.types import Problem, Verdict
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where vLLM is not installed (the core alone), tests of real engines are skipped, and say so."""
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+class PlainJudge:
+    """Answers after ``</think>``, equality of strings: a judge without child processes."""
+
+    def answer(self, problem: Problem, text: str) -> str | None:
+        return text.split("</think>", 1)[1].strip() or None if "</think>" in text else None
+
+    def vote(self, problem: Problem, answer: str) -> str:
+        return answer
+
+    def verdict(self, problem: Problem, answer: str | None) -> Verdict | None:
+        return (
+            None if problem.gold is None else Verdict(answer == problem.gold, float(answer == problem.gold))
+        )
+
+    def forget(self, problem: Problem) -> None: ...
+
+
+@pytest.fixture
+def judge() -> PlainJudge:
+    return PlainJudge()
+
+
+def make_problems(count: int, prompts: Sequence[int] = (20,), **changes: Any) -> list[Problem]:
+    return [
+        Problem(
+            f"p{i}", ({"role": "user", "content": f"question {i}"},), gold=str(i),
+            meta={"prompt_tokens": prompts[i % len(prompts)]}, **changes,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def problems() -> Callable[..., list[Problem]]:
+    return make_problems

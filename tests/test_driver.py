@@ -1,0 +1,366 @@
+"""The driver on the fake engine: budgets are hard, the ledger agrees with the engine, failures are contained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import PlainJudge, make_problems
+from ttc.budget import Budget
+from ttc.driver import Driver
+from ttc.engine.fake import FakeEngine, Script, random_writer
+from ttc.errors import BudgetTooSmall, EngineError
+from ttc.ledger import Ledger
+from ttc.policies import parse
+from ttc.pricing import Pricer, spent_in
+from ttc.samplers import leader, tally
+from ttc.types import Branch, Brief, Charge, Generate, Outcome, Problem, Request, Result, Routine, Sampling
+
+
+def pricer_for(engine: FakeEngine) -> Pricer:
+    return Pricer(
+        engine.info.shape, engine.concurrency, engine.steerable, usd_per_m_input=1.0, usd_per_m_output=4.0
+    )
+
+
+def make_driver(
+    engine: FakeEngine,
+    policy: object,
+    budget: Budget,
+    *,
+    ledger: Ledger | None = None,
+    cap: int = 100,
+    **more: object,
+) -> Driver:
+    brief = Brief(seed=0, max_thinking_tokens=cap, sampling=Sampling())
+    return Driver(
+        engine, policy, budget, PlainJudge(), ledger or Ledger(), pricer_for(engine),  # type: ignore[arg-type]
+        brief=brief, clock=engine.clock, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def total(results: Sequence[Result]) -> Charge:
+    charge = Charge()
+    for result in results:
+        charge = charge + result.charge
+    return charge
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """Self-consistency that cancels the rest at two equal answers, in two rounds: exercises ``until`` and several works."""
+
+    n: int = 6
+    name = "early-stop"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        def settled(done: Sequence[Branch]) -> bool:
+            return max(tally(done).values(), default=0.0) >= 2
+
+        seen: tuple[Branch, ...] = ()
+        for start in (0, self.n):
+            requests = tuple(brief.request(problem, start + i) for i in range(self.n))
+            reply = yield Generate(requests, settled, "until two agree")
+            seen += reply.branches
+        votes = tally(seen)
+        return Outcome(leader(votes, brief.seed), "samples", votes)
+
+
+# -- hard budgets --------------------------------------------------------------------------------------------------------------
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    unit=st.sampled_from(["tokens", "eflops", "dollars", "seconds"]),
+    scope=st.sampled_from(["problem", "run"]),
+    generous=st.floats(0.2, 30.0),
+    count=st.integers(1, 5),
+    n=st.integers(1, 6),
+    cap=st.integers(1, 120),
+    concurrency=st.integers(1, 9),
+    steerable=st.booleans(),
+    mean=st.floats(1.0, 120.0),
+    p_fail=st.sampled_from([0.0, 0.2]),
+    p_hang=st.sampled_from([0.0, 0.1]),
+    cancels=st.booleans(),
+    prompts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    seed=st.integers(0, 2**20),
+)
+def test_never_over_budget_and_ledger_equals_engine(
+    unit: str, scope: str, generous: float, count: int, n: int, cap: int, concurrency: int, steerable: bool, mean: float,
+    p_fail: float, p_hang: float, cancels: bool, prompts: list[int], seed: int,
+) -> None:  # fmt: skip
+    writer = random_writer(mean_thinking=mean, p_fail=p_fail, p_hang=p_hang, flaky=True)
+    engine = FakeEngine(
+        writer=lambda request, issued: writer(replace(request, seed=request.seed ^ seed), issued),
+        concurrency=concurrency, steerable=steerable,
+    )  # fmt: skip
+    problems = make_problems(count, prompts)
+    one = {"tokens": 60.0, "eflops": 3e10, "dollars": 60 * 4e-6, "seconds": 1.0}[unit]
+    budget = Budget(one * generous * (count if scope == "run" else 1), unit, scope)  # type: ignore[arg-type]
+    policy = EarlyStop(n) if cancels else parse(f"self-consistency?n={n}")
+    driver = make_driver(engine, policy, budget, cap=cap, stall_seconds=5.0)
+    try:
+        results = list(driver.run(problems))
+    except BudgetTooSmall as error:
+        assert error.least > budget.amount
+        assert engine.counters().requests == 0, "refused before any work"
+        return
+    spent = total(results)
+    counted = engine.counters()
+    assert (spent.tokens, spent.tokens_prompt) == (counted.output_tokens, counted.prompt_tokens)
+    assert driver.status.charge.tokens == counted.output_tokens
+    assert engine.peak <= concurrency
+    assert [r.problem_id for r in results] and {r.problem_id for r in results} == {p.id for p in problems}
+    slack = 1 + 1e-9
+    if unit == "seconds":
+        if scope == "run":
+            assert engine.now <= budget.amount + engine.step_seconds * slack + (5.1 if p_hang else 0)
+    else:
+        assert driver.overrun == 0
+        amounts = [spent_in(unit, r.charge) for r in results]  # type: ignore[arg-type]
+        assert (sum(amounts) if scope == "run" else max(amounts)) <= budget.amount * slack
+        if not p_fail and not p_hang:
+            assert all(r.answer for r in results), "a hard budget is no excuse for an empty answer"
+
+
+@pytest.mark.parametrize("unit", ["tokens", "eflops"])
+def test_caps_hold_to_the_token_in_ten_thousand_requests(unit: str) -> None:
+    engine = FakeEngine(writer=random_writer(mean_thinking=60), concurrency=64)
+    driver = make_driver(engine, parse("self-consistency?n=100"), Budget(1e15, unit), cap=37)  # type: ignore[arg-type]
+    branches = [b for r in driver.run(make_problems(100)) for b in r.branches]
+    assert len(branches) == 10_000
+    assert max(b.completion.output_tokens for b in branches) <= 37 + engine.room_tokens
+    assert all(b.answer for b in branches)
+    assert any(b.completion.closed for b in branches)
+    assert not all(b.completion.closed for b in branches)
+
+
+def test_a_budget_for_less_than_all_branches_stops_at_the_budget() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(40, "7", 2))
+    [result] = make_driver(engine, parse("self-consistency?n=50"), Budget(300, "tokens")).run(
+        make_problems(1)
+    )
+    assert result.stop == "budget"
+    assert 200 <= result.charge.tokens <= 300, "most of it is used, and no more"
+    assert {b.finish for b in result.branches} == {"stop", "denied"}
+
+
+def test_too_small_a_budget_says_what_would_do() -> None:
+    engine = FakeEngine()
+    with pytest.raises(BudgetTooSmall, match="give at least 9 tokens") as caught:
+        list(make_driver(engine, parse("greedy"), Budget(5, "tokens")).run(make_problems(3)))
+    enough = Budget(caught.value.least, "tokens")
+    assert all(r.answer for r in make_driver(engine, parse("greedy"), enough).run(make_problems(3)))
+
+
+def test_run_scope_answers_every_problem_before_it_buys_second_samples() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(20, "7", 1), concurrency=4)
+    budget = Budget(12 * 31, "tokens", "run")
+    results = list(make_driver(engine, parse("self-consistency?n=8"), budget).run(make_problems(12)))
+    assert all(r.answer == "7" for r in results)
+    assert engine.counters().output_tokens <= budget.amount
+
+
+def test_prompt_too_long_is_reported_and_the_rest_run() -> None:
+    engine = FakeEngine(context=200)
+    problems = make_problems(4, (20, 195))
+    results = {
+        r.problem_id: r for r in make_driver(engine, parse("greedy"), Budget(500, "tokens")).run(problems)
+    }
+    assert all("context of 200" in results[p].error for p in ("p1", "p3"))
+    assert results["p0"].answer and results["p2"].answer
+
+
+# -- containment ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Raising:
+    name = "raising"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        yield Generate((brief.request(problem, 0),), why="one")
+        if problem.id == "p1":
+            raise RuntimeError("a bug in a policy")
+        return Outcome("7", "samples", {"7": 1.0})
+
+
+def test_a_policy_that_raises_is_contained_to_its_problem() -> None:
+    engine = FakeEngine()
+    results = {
+        r.problem_id: r for r in make_driver(engine, Raising(), Budget(500, "tokens")).run(make_problems(3))
+    }
+    assert "a bug in a policy" in results["p1"].error
+    assert results["p1"].charge.tokens > 0, "what it spent is still charged"
+    assert results["p0"].answer == results["p2"].answer == "7"
+
+
+class BreakingJudge(PlainJudge):
+    def verdict(self, problem: Problem, answer: str | None) -> None:
+        raise RuntimeError("the verifier broke")
+
+
+def test_a_verifier_that_breaks_costs_the_verdict_only() -> None:
+    engine = FakeEngine()
+    driver = make_driver(engine, parse("self-consistency?n=3"), Budget(500, "tokens"))
+    driver.judge = BreakingJudge()
+    results = list(driver.run(make_problems(3)))
+    assert all(
+        r.answer is not None and r.verdict is None and "the verifier broke" in r.error for r in results
+    )
+
+
+def test_failed_requests_are_issued_again_and_every_attempt_is_charged() -> None:
+    def writer(request: Request, issued: int) -> Script:
+        return Script(10, "7", 1, fails_at=6 if issued == 0 else None)
+
+    engine = FakeEngine(writer=writer)
+    [result] = make_driver(engine, parse("self-consistency?n=4"), Budget(5000, "tokens")).run(
+        make_problems(1)
+    )
+    assert [b.finish for b in result.branches] == ["stop"] * 4
+    assert engine.counters().requests == 8
+    assert result.charge.tokens == engine.counters().output_tokens == 4 * (6 + 12)
+
+
+def test_a_problem_whose_requests_all_fail_is_an_error_not_a_crash() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(10, "7", 1, fails_at=3))
+    results = list(
+        make_driver(engine, parse("self-consistency?n=2"), Budget(5000, "tokens")).run(make_problems(2))
+    )
+    assert all(r.answer is None and "told to fail" in r.error for r in results)
+
+
+def test_hanging_requests_are_cancelled() -> None:
+    engine = FakeEngine(
+        writer=lambda request, issued: Script(10, "7", 1, hangs_at=4 if request.index == 0 else None)
+    )
+    [result] = make_driver(
+        engine, parse("self-consistency?n=3"), Budget(5000, "tokens"), stall_seconds=2.0
+    ).run(make_problems(1))
+    assert sorted(b.finish for b in result.branches) == ["abort", "stop", "stop"]
+    assert result.answer == "7"
+    assert result.charge.tokens == engine.counters().output_tokens
+
+
+# -- order, resume, interruption -----------------------------------------------------------------------------------------------
+def test_the_engine_is_kept_full_across_problems() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(20, "7", 1), concurrency=16)
+    list(make_driver(engine, parse("self-consistency?n=4"), Budget(10_000, "tokens")).run(make_problems(32)))
+    work = engine.counters()
+    assert work.output_tokens / work.steps > 0.9 * 16
+
+
+def test_same_answers_and_ledgers_at_any_concurrency() -> None:
+    outcomes = []
+    for concurrency in (1, 3, 64):
+        engine = FakeEngine(concurrency=concurrency)
+        results = make_driver(engine, parse("self-consistency?n=5"), Budget(100_000, "tokens")).run(
+            make_problems(10)
+        )
+        outcomes.append(
+            {r.problem_id: (r.answer, dict(sorted(r.votes.items())), r.charge.tokens) for r in results}
+        )
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+class Dies(FakeEngine):
+    """Stops like a crashed engine after some steps."""
+
+    def __init__(self, steps: int, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.steps_left = steps
+
+    def step(self):  # type: ignore[no-untyped-def]
+        self.steps_left -= 1
+        if self.steps_left < 0:
+            raise EngineError("the engine died")
+        return super().step()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps=st.integers(0, 300), tear=st.integers(0, 60), n=st.integers(1, 6))
+def test_resume_after_a_crash_samples_nothing_twice_and_loses_nothing(
+    tmp_path_factory: pytest.TempPathFactory, steps: int, tear: int, n: int
+) -> None:
+    directory = tmp_path_factory.mktemp("run")
+    config = {"model": "fake", "seed": 0}
+    policy, budget, problems = parse(f"self-consistency?n={n}"), Budget(100_000, "tokens"), make_problems(6)
+    whole = {
+        r.problem_id: (r.answer, r.charge.tokens)
+        for r in make_driver(FakeEngine(), policy, budget).run(problems)
+    }
+
+    first = Ledger.open(directory, config)
+    dying = Dies(steps, concurrency=5)
+    with contextlib.suppress(EngineError):
+        list(make_driver(dying, policy, budget, ledger=first).run(problems))
+    first.close()
+    branches = directory / "branches.jsonl"
+    finished = branches.read_bytes()
+    if tear and finished:  # a torn last line, as a crash of the machine leaves it
+        branches.write_bytes(finished[: -min(tear, len(finished.splitlines()[-1]))])
+
+    second = Ledger.open(directory, config)
+    kept = {(p, i) for (p, i) in second._recorded}
+    done = set(second.results)
+    engine = FakeEngine(concurrency=5)
+    results = list(make_driver(engine, policy, budget, ledger=second).run(problems))
+    second.close()
+    assert {r.problem_id: r.answer for r in results} == {p: a for p, (a, _) in whole.items()}
+    again = set(engine._issued)
+    assert not again & kept, "a finished branch was sampled again"
+    assert not {p for p, _ in again} & done
+    third = Ledger.open(directory, config)
+    missing = {(f"p{p}", i) for p in range(6) for i in range(n)} - set(third._recorded)
+    assert {p for p, _ in missing} <= done, (
+        "only a torn branch of a finished problem may be gone: its result stands"
+    )
+    assert set(third.results) == {p.id for p in problems}
+    third.close()
+
+
+def test_stop_saves_what_runs_and_the_rest_is_resumed(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, {"seed": 0})
+    engine = FakeEngine(concurrency=4)
+    driver = make_driver(engine, parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=ledger)
+
+    def stop_late(status: object) -> None:
+        if engine.now > 1.0:
+            driver.stop()
+
+    driver.on_step = stop_late
+    early = list(driver.run(make_problems(10)))
+    ledger.close()
+    assert driver.interrupted
+    assert driver.status.charge.tokens == engine.counters().output_tokens, (
+        "cancelled branches are charged too"
+    )
+    assert len(early) < 10
+
+    again = Ledger.open(tmp_path, {"seed": 0})
+    assert sum(len(c) for c in again.interrupted.values()) > 0
+    results = list(
+        make_driver(FakeEngine(), parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=again).run(
+            make_problems(10)
+        )
+    )
+    again.close()
+    assert len(results) == 10
+    assert all(r.answer for r in results)
+
+
+def test_decisions_say_what_was_bought_and_why() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(40, "7", 2))
+    [result] = make_driver(engine, parse("self-consistency?n=50"), Budget(300, "tokens")).run(
+        make_problems(1)
+    )
+    assert [d.what.split()[0] for d in result.decisions] == ["generate", "deny"]
+    assert all(d.why and d.problem_id == "p0" for d in result.decisions)
+
+
+def test_problems_fixture_is_importable(problems: Callable[..., list[Problem]]) -> None:
+    assert len(problems(3)) == 3
