@@ -29,6 +29,7 @@ _LEAD = re.compile(
     r"(?:[\s*_]{0,8}:|\s{1,8}is\b\s{0,8}:?|\s{0,8}=)[\s*_]*",
     re.IGNORECASE,
 )
+_EMPTY_BOX = re.compile(r"\\{1,4}(?:boxed|fbox)\s{0,8}\{\s{0,8}(?:\}|$)")
 _NUMBER = re.compile(
     r"([+-]?)\s?([0-9]{1,3}(?:,[0-9]{3}){1,300}|[0-9]{1,1000})?(?:\.([0-9]{0,1000}))?"
     r"(?:[eE]([+-]?[0-9]{1,3}))?(?:\s?/\s?([0-9]{1,1000}))?"
@@ -159,7 +160,7 @@ def _tagged(text: str, cut_off: bool = True) -> str | None:
 
 def _phrase(text: str) -> str | None:
     """What follows the last "(final) answer is" or "answer:" on its line."""
-    for match in reversed(list(_PHRASE.finditer(text))):
+    for match in reversed(list(_PHRASE.finditer(text))[-64:]):
         line, _, _ = text[match.end() : match.end() + _LONGEST_LINE].lstrip(" *_:").partition("\n")
         if answer := _undress(line):
             return answer
@@ -175,10 +176,11 @@ def _last_line(text: str) -> str | None:
 
 
 def _undress(line: str) -> str | None:
-    """``line`` without its lead-ins ("Final answer:"), emphasis and final period; None if nothing is left."""
+    """``line`` without lead-ins ("Answer:"), empty boxes, emphasis, final period; None if that was all."""
+    line = _EMPTY_BOX.sub("", line)
     while lead := _LEAD.match(line):
         line = line[lead.end() :]
     line = line.strip().strip("*_").strip()
     if line.endswith(".") and not line.endswith(".."):
         line = line[:-1].rstrip(" *_")
-    return line or None
+    return None if line.strip(" #*_").casefold() in ("", "answer", "final answer") else line

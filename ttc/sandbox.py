@@ -26,6 +26,10 @@ from ttc.errors import InputError, VerifierError
 START_LIMIT_S = 120.0
 """The longest wait for the child's imports; a cold disk is slow, a hung import must not be for ever."""
 
+PATIENCE = 4.0
+"""A call may take this many times its CPU limit by the wall clock: a busy machine must not turn right answers
+into failures, and a call that sleeps must end too."""
+
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from ttc.verify_worker import main; main(sys.argv[1])"
 """Gives the child the parent's module path, in the parent's order and as late: before that, as with
@@ -43,9 +47,10 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def call(self, op: str, limit_s: float, **arguments: Any) -> Any:
-        """What ``op`` returns. VerifierError: it failed, crashed the child or ran past ``limit_s``;
-        InputError: it refused."""
-        request = json.dumps({"op": op, "limit_s": limit_s, **arguments}).encode() + b"\n"
+        """What ``op`` returns. VerifierError: it failed, crashed the child or used more than ``limit_s`` of CPU
+        time; InputError: it refused."""
+        settings = {"op": op, "cpu_s": limit_s, "wall_s": PATIENCE * limit_s}
+        request = json.dumps({**settings, **arguments}).encode() + b"\n"
         with self._lock:
             reply = self._exchange(request, limit_s)
         if "error" not in reply:
@@ -65,17 +70,19 @@ class Sandbox:
     def _exchange(self, request: bytes, limit_s: float) -> Mapping[str, Any]:
         if self._owner != os.getpid():  # forked: the pipe belongs to the other process
             self._process, self._finalizer, self._owner = None, None, os.getpid()
+        if self._process is not None and self._process.poll() is not None:  # it died while idle
+            self._kill()
         for attempt in (1, 2):
             process = self._process or self._start()
             assert process.stdin is not None
             try:
                 process.stdin.write(request)
                 break
-            except OSError as error:  # it died while idle: one new child is tried
+            except OSError as error:  # it dies just now: one new child is tried
                 self._kill()
                 if attempt == 2:
                     raise VerifierError(f"the {self._library} worker does not stay up: {error}") from None
-        return self._read(limit_s, f"no verdict within {limit_s:g} s")
+        return self._read(PATIENCE * limit_s, f"no verdict within {limit_s:g} s")
 
     def _start(self) -> subprocess.Popen[bytes]:
         path = (entry or os.getcwd() for entry in sys.path)
@@ -110,7 +117,9 @@ class Sandbox:
                     raise VerifierError(late)
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 if not piece:
-                    raise VerifierError(f"the {self._library} worker died ({_status(process)})")
+                    status = _status(process)
+                    spent = status == signal.SIGPROF.name
+                    raise VerifierError(late if spent else f"the {self._library} worker died ({status})")
                 line += piece
             reply: Mapping[str, Any] = json.loads(line)
         except BaseException:  # Ctrl-C too: a half-read reply would be taken for the next call's
@@ -136,10 +145,10 @@ def _environment() -> dict[str, str]:
 def _reap(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() != owner:  # a fork inherited this finaliser; the child is not its own
         return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()

@@ -14,9 +14,11 @@ from ttc.sandbox import Sandbox
 from ttc.types import Problem, Verdict
 
 LIMIT_S = 5.0
-"""The time that one answer may take."""
+"""The CPU time that one answer may take; by the clock, ``ttc.sandbox.PATIENCE`` times as long."""
 LONGEST_ANSWER = 20_000
-"""Characters; a longer text is no answer, and reading it is where parsers are slowest."""
+LONGEST_EXPRESSION = 2_000
+"""Characters, of any answer and of one that needs algebra. Longer text is a model gone astray, and would
+only run into the time limit."""
 
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
 
@@ -56,14 +58,14 @@ class Math:
         gold = _gold(problem)
         decided = self._plainly(gold, answer)
         if decided is None:
-            _check_length(answer)
+            _check_length(LONGEST_EXPRESSION, answer)
             decided = bool(_call(self._sandbox, "verdict", self._limit_s, gold=gold, answer=answer))
         return _verdict(decided)
 
     def equivalent(self, problem: Problem, a: str, b: str) -> bool:
         decided = self._plainly(a, b)
         if decided is None:
-            _check_length(a, b)
+            _check_length(LONGEST_EXPRESSION, a, b)
             decided = bool(_call(self._sandbox, "equal", self._limit_s, a=a, b=b))
         return decided
 
@@ -94,7 +96,7 @@ class ReasoningGym:
         self._sandbox = Sandbox("rg")
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
-        _check_length(answer)
+        _check_length(LONGEST_ANSWER, answer)
         task, entry = self._task(problem), problem.meta["entry"]
         score, note = _call(
             self._sandbox,
@@ -110,7 +112,7 @@ class ReasoningGym:
     def equivalent(self, problem: Problem, a: str, b: str) -> bool:
         if a == b:
             return True
-        _check_length(a, b)
+        _check_length(LONGEST_ANSWER, a, b)
         return bool(_call(self._sandbox, "equal", self._limit_s, task=self._task(problem), a=a, b=b))
 
     def close(self) -> None:
@@ -142,9 +144,9 @@ def _verdict(correct: bool) -> Verdict:
     return Verdict(correct, float(correct))
 
 
-def _check_length(*answers: str) -> None:
-    if (longest := max(map(len, answers))) > LONGEST_ANSWER:
-        raise VerifierError(f"an answer of {longest} characters is not read (at most {LONGEST_ANSWER})")
+def _check_length(most: int, *answers: str) -> None:
+    if (longest := max(map(len, answers))) > most:
+        raise VerifierError(f"an answer of {longest} characters is not read (at most {most})")
 
 
 def _require(module: str, name: str) -> None:

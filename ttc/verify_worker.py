@@ -1,7 +1,7 @@
 """The child's end: ``main("math")`` or ``main("rg")`` answers JSON lines on its pipe until the pipe closes.
 
-Run by ``ttc.sandbox``, which owns the time limit. Here are the bounds that only the process itself can set:
-memory, no files written, no processes, no network; and an alarm that ends it should its parent be gone. Owns
+Run by ``ttc.sandbox``, which kills it by the wall clock. Here are the bounds that only the process itself can
+set: CPU time, memory, no files written, no processes, no network; and an alarm should the parent be gone. Owns
 math-verify; reasoning-gym is in ``ttc.rg_tasks``.
 """
 
@@ -86,8 +86,9 @@ def _answer(operations: Mapping[str, Callable[..., Any]], line: bytes) -> dict[s
     """The reply to one request; a failure is a reply too, ``last`` if the process is not to be used again."""
     try:
         request = json.loads(line)
-        # the parent kills first; should it be gone, the default action of SIGALRM ends this process
-        signal.setitimer(signal.ITIMER_REAL, request.pop("limit_s") + 2.0)
+        # SIGPROF and SIGALRM end this process, whatever it is at; the latter should the parent be gone
+        signal.setitimer(signal.ITIMER_PROF, request.pop("cpu_s"))
+        signal.setitimer(signal.ITIMER_REAL, request.pop("wall_s") + 2.0)
         return {"value": operations[request.pop("op")](**request)}
     except InputError as error:
         return {"error": str(error), "input": True}
@@ -96,7 +97,8 @@ def _answer(operations: Mapping[str, Callable[..., Any]], line: bytes) -> dict[s
     except BaseException as error:  # SystemExit from an eval'ed exit() as well
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
 
 
 def main(library: str) -> None:
