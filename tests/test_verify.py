@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from ttc.errors import InputError, VerifierError
 from ttc.rg_tasks import decode, encode
-from ttc.sandbox import Sandbox
 from ttc.types import Problem, Verdict
 from ttc.verifiers import Exact, Math, ReasoningGym
 from ttc.verify import AnswerClasses, Verifier, can_verify, classes, verifier
@@ -56,13 +55,6 @@ def math() -> Iterator[Math]:
 @pytest.fixture(scope="module")
 def gym() -> Iterator[ReasoningGym]:
     made = ReasoningGym(limit_s=20.0)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def drawer() -> Iterator[Sandbox]:
-    made = Sandbox("rg")
     yield made
     made.close()
 
@@ -132,9 +124,7 @@ def test_a_hostile_expression_times_out_and_the_next_answer_is_judged() -> None:
     made.close()
 
 
-@pytest.mark.parametrize(
-    "text", ["(" * 1900, "\\frac{" * 300, "x" * 10**6, "\\sqrt{" * 300 + "1" + "}" * 300]
-)
+@pytest.mark.parametrize("text", ["(" * 1900, "\\frac{" * 300, "x" * 10**6])
 def test_other_hostile_text_is_wrong_or_an_error_never_a_hang(text: str) -> None:
     made = Math(limit_s=0.5)
     try:
@@ -146,9 +136,9 @@ def test_other_hostile_text_is_wrong_or_an_error_never_a_hang(text: str) -> None
 
 
 @pytest.mark.parametrize("task", GYM_TASKS)
-def test_gold_is_right_and_a_perturbed_gold_is_wrong(task: str, gym: ReasoningGym, drawer: Sandbox) -> None:
+def test_gold_is_right_and_a_perturbed_gold_is_wrong(task: str, gym: ReasoningGym) -> None:
     for seed in (1, 2**31 - 1):
-        item = drawer.call("draw", 60.0, task=f"rg:{task}", seed=seed)
+        item = gym._sandbox.call("draw", 60.0, task=f"rg:{task}", seed=seed)
         posed = Problem(
             f"rg:{task}", ({"role": "user", "content": item["question"]},), item["answer"], "rg",
             {"task": f"rg:{task}", "entry": item["entry"]},
