@@ -5,6 +5,9 @@ at a given output position by forcing token ids, so nothing is stopped, edited a
 the logits are, so no log-probabilities leave the worker. In process (no worker processes) the engine also reaches a branch's
 ``Control`` through ``CONTROLS``: to close its thought now, and to read what was forced and measured.
 
+A model that would end inside its thought closes it instead (the end mark's probability goes to the closing delimiter), and an
+answer has at least one token, so no branch ends empty.
+
 Each running row has the output position at which something is due; a heap ordered by step makes a step's cost proportional to the
 rows with something due, not to the batch. Rows that stand still (preempted) are found early when popped, and put back.
 
@@ -58,6 +61,8 @@ class Control:
     key: int | None
     output: list[int] = field(default_factory=list)
     row: int = -1
+    open: bool = False
+    ends: tuple[int, ...] = ()
     pending: list[int] = field(default_factory=list)
     forced: int = 0
     closed_by_force: bool = False
@@ -135,6 +140,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.agenda: list[tuple[int, int, Control]] = []  # (clock when due, tie, control)
         self.forcing: list[Control] = []
         self.measured: list[Control] = []
+        self.thinking: list[Control] = []
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.ties = 0
 
@@ -171,6 +177,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         if not control.done and len(output) > control.due:
             self._recover(control)
         self.rows[index] = control
+        control.ends = tuple(sorted(params.all_stop_token_ids))
+        control.open = not control.thought_closed()
+        if control.open and control.ends:
+            self.thinking.append(control)
         if control.pending:  # preempted in the middle of a forced span
             self.forcing.append(control)
         elif not control.done:
@@ -196,6 +206,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             self.forcing.remove(control)
         if control in self.measured:
             self.measured.remove(control)
+        if control in self.thinking:
+            self.thinking.remove(control)
 
     def _move(self, source: int, target: int, *, swap: bool) -> None:
         a, b = self.rows.pop(source, None), self.rows.pop(target, None)
@@ -224,9 +236,28 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 self._begin_span(control)
         if self.measured or self.last is not None:
             self._measure(logits)
+        if self.thinking:
+            self._keep_from_ending(logits)
         if self.forcing:
             self._force(logits)
         return logits
+
+    def _keep_from_ending(self, logits: torch.Tensor) -> None:
+        """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0."""
+        just_closed = [c for c in self.thinking if c.output and c.output[-1] == c.think_close[-1] and c.thought_closed()]
+        if just_closed:
+            for control in just_closed:
+                control.open = False
+                logits[control.row, list(control.ends)] = -math.inf
+            self.thinking = [c for c in self.thinking if c.open]
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for control in self.thinking:
+            groups.setdefault((control.think_close[0], control.ends), []).append(control.row)
+        for (close, ends), rows in groups.items():
+            at = torch.tensor(rows, device=logits.device)
+            for end in ends:
+                logits[at, close] = torch.logaddexp(logits[at, close], logits[at, end])
+                logits[at, end] = -math.inf
 
     def _begin_span(self, control: Control) -> None:
         control.done = True

@@ -1,0 +1,173 @@
+"""The command line as its users meet it: exit codes, JSON, errors in a line, resume after kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ttc import nano
+
+TTC = [sys.executable, "-m", "ttc.cli.main"]
+TASK = "rg:chain_sum?min_terms=4&max_terms=5"
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+
+def ttc(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TTC, *arguments], capture_output=True, text=True, env=ENV, timeout=timeout, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["solve", "1 + 1 =", "--budget", "20 parsecs"], "unknown unit 'parsecs'"),
+        (["solve", "1 + 1 =", "--budget", "-3 tokens"], "budget"),
+        (["solve", "1 + 1 =", "--budget-scope", "galaxy"], "'problem' or 'run'"),
+        (["solve", "1 + 1 =", "--policy", "best-of-m"], "did you mean 'best-of-n'"),
+        (["solve", "1 + 1 =", "--policy", "best-of-n?n=none"], "wants int for n"),
+        (["solve", "1 + 1 =", "--model", "nano-zz"], "there is no 'nano-zz'"),
+        (["solve", "1 + 1 =", "--engine", "llama"], "use 'vllm' or 'openai:URL'"),
+        (["solve", "1 + 1 =", "--engine", "openai:http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["solve", "1 + 1 =", "--effort", "2"], "(0, 1]"),
+        (["solve", "1 + 1 =", "--verifier", "oracle"], "oracle"),
+        (["solve"], "no problem given"),
+        (["solve", "1 + 1 =", "--task", TASK], "several sources"),
+        (["solve", "--task", "rg:chain_sums"], "chain_sum"),
+        (["solve", "--task", "rg:chain_sum?terms=4"], "terms"),
+        (["solve", "--input", "/no/such/file.jsonl"], "file.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_mend_and_exit_code_2(arguments: list[str], words: str) -> None:
+    done = ttc(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", "empty"),
+        ('{"id": "a", "prompt": "1 + 1 ="}\n{"id": "a", "prompt": "2 + 2 ="}\n', "line 1"),
+        ('{"id": "a", "prompt": "1 + 1 ="}\n{"id": "b", "prompt": \n', ":2"),
+        ('{"id": "a", "prompt": "1 + 1 =", "colour": "red"}\n', "colour"),
+        ('{"id": "a"}\n', "prompt"),
+    ],
+)
+def test_bad_rows_name_their_line(tmp_path: Path, rows: str, words: str) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(rows)
+    done = ttc("solve", "--input", str(file))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_models_and_version_need_no_engine() -> None:
+    assert "solve" in ttc("--help").stdout
+    listed = json.loads(ttc("models", "--json").stdout)
+    assert [set(m) for m in listed] == [{"name", "path", "params", "context", "tasks"}] * len(nano.catalog())
+    assert ttc("--version").stdout.strip() == "0.1.0"
+    assert ttc("nonsense").returncode == 2
+
+
+SPENT = {
+    "tokens", "tokens_generated", "tokens_forced", "tokens_probe", "tokens_judge", "tokens_prompt", "eflops", "eflops_kinetics",
+    "flops", "bytes", "seconds", "dollars",
+}  # fmt: skip
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
+    done = ttc("solve", "--task", TASK, "--n", "12", "--budget", "600 tokens", "--json", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert summary["problems"] == summary["answered"] == summary["scored"] == 12
+    assert summary["overrun"] == 0
+    assert set(summary["spent"]) == SPENT
+    assert summary["budget"] == {"amount": 600, "unit": "tokens", "scope": "problem"}
+    assert sum(summary["stopped"].values()) == 12
+    low, high = summary["accuracy_ci95"]
+    assert low <= summary["accuracy"] <= high
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "branches.jsonl").read_text().splitlines()]
+    assert len(rows) == summary["samples"]
+    generated = sum(r["charge"].get("tokens_generated", 0) + r["charge"].get("tokens_forced", 0) for r in rows)
+    assert generated == summary["spent"]["tokens"]
+
+    again = ttc("solve", "--task", TASK, "--n", "12", "--budget", "600 tokens", "--json", "--out", str(tmp_path / "run"))
+    second = json.loads(again.stdout)
+    assert second["resumed"] == 12
+    for same in ("correct", "accuracy", "stopped"):
+        assert second[same] == summary[same]
+    assert second["spent"]["tokens"] == summary["spent"]["tokens"]
+
+    other = ttc("solve", "--task", TASK, "--n", "12", "--budget", "700 tokens", "--out", str(tmp_path / "run"))
+    assert other.returncode == 2
+    assert "budget" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        *TTC, "solve", "--task", TASK, "--n", "60", "--policy", "self-consistency?n=6", "--budget", "4k tokens", "--json",
+        "--concurrency", "8", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    branches = out / "branches.jsonl"
+    while process.poll() is None and (not branches.exists() or branches.read_bytes().count(b"\n") < 60):
+        time.sleep(0.01)
+    assert process.poll() is None, "the run must still be going when it is killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = branches.read_bytes()
+    whole = [json.loads(line) for line in before.splitlines(keepends=True) if line.endswith(b"\n")]
+    finished = {(r["problem"], r["index"]) for r in whole}
+    assert 60 <= len(finished) < 360
+
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    rows = [json.loads(line) for line in branches.read_text().splitlines()]
+    keys = [(r["problem"], r["index"]) for r in rows]
+    assert len(keys) == len(set(keys)) == 360, "each branch sampled once, none lost"
+    assert finished <= set(keys)
+    assert rows[: len(whole)] == whole, "what was there is untouched"
+    assert summary["problems"] == summary["answered"] == 60
+    results = [json.loads(line)["problem"] for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(results) == len(set(results)) == 60
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        *TTC, "solve", "--task", TASK, "--n", "60", "--policy", "self-consistency?n=6", "--budget", "4k tokens", "--concurrency",
+        "8", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    branches = out / "branches.jsonl"
+    while process.poll() is None and (not branches.exists() or branches.read_bytes().count(b"\n") < 30):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    assert "the same command resumes" in said
+    assert "Traceback" not in said
+    for line in branches.read_text().splitlines():
+        json.loads(line)
