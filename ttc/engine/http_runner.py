@@ -1,0 +1,221 @@
+"""One ticket over HTTP from start to end: call after call, with retries, until its branch is done.
+
+Owns waiting, retrying and interrupting; ``http_branch`` says which call comes next, ``http_server`` makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ttc.engine.http_branch import BYTES_PER_TOKEN, HTTPBranch, Spans
+from ttc.engine.http_server import Server
+from ttc.engine.http_stream import CallFailed, Delta, one_line
+from ttc.types import AnswerFormat, Completion, Finish, Problem, Request
+
+LOG = logging.getLogger("ttc.engine.openai")
+LONGEST_BACKOFF_S = 30.0
+TEMPLATE_TOKENS = 8  # a chat template's own tokens around a message, where prompts can only be estimated
+REMEMBERED_PROMPTS = 4096
+PROMPT_PASSES = 3
+"""Calls of one branch that a server may accept: the thought, the answer, and one resumed after a break."""
+
+
+def estimate_prompt(problem: Problem) -> int:
+    """Prompt tokens where nothing can tokenise: a token for every three bytes, and the template's own."""
+    return sum(len(m["content"].encode()) // BYTES_PER_TOKEN + TEMPLATE_TOKENS for m in problem.messages)
+
+
+@dataclass(slots=True)
+class Setting:
+    """What all tickets of an engine share. ``unreachable`` holds the last failure to connect, "" if a call
+    has been accepted since."""
+
+    server: Server
+    form: AnswerFormat
+    spans: Spans
+    prompt_opens: bool | None
+    context: int
+    max_retries: int
+    backoff_s: float
+    seed: int
+    slots: asyncio.Semaphore
+    unreachable: str = ""
+    prompts: dict[tuple[str, float | None], list[int]] = field(default_factory=dict)
+
+    @property
+    def room_tokens(self) -> int:
+        return self.spans.most_tokens + self.form.answer_tokens
+
+    async def prompt_ids(self, problem: Problem, effort: float | None) -> list[int]:
+        """The prompt's token ids, remembered for its other branches. Raises CallFailed."""
+        key = (repr(problem.messages), effort)
+        ids = self.prompts.get(key)
+        if ids is None:
+            ids = await self.server.tokenize(messages=problem.messages, effort=effort)
+            if len(self.prompts) >= REMEMBERED_PROMPTS:
+                self.prompts.clear()
+            self.prompts[key] = ids
+        return ids
+
+    def backoff(self, failures: int, failure: CallFailed, lot: random.Random) -> float:
+        """Seconds until the next try: doubling, between half and whole of it by lot, never before the
+        server's Retry-After."""
+        longest = min(self.backoff_s * 2.0 ** (failures - 1), LONGEST_BACKOFF_S)
+        return max(failure.wait_s, longest * lot.uniform(0.5, 1.0))
+
+
+class Runner:
+    """One ticket. ``run`` returns its Completion whatever happens; ``moved`` is told the tokens so far."""
+
+    def __init__(self, setting: Setting, request: Request, moved: Callable[[int], None]) -> None:
+        self.setting, self.request, self.moved = setting, request, moved
+        self.branch: HTTPBranch | None = None
+        self.lot = random.Random(f"{setting.seed}/{request.seed}")
+        self.prompt_ids: list[int] = []
+        self.aborted = self.steered = False
+        self.failures = 0
+        self._call: asyncio.Task[None] | None = None
+
+    def abort(self) -> None:
+        self.aborted = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def steer(self) -> None:
+        """Close the thought at once; no effect on a branch that has begun to answer."""
+        if self.steered or (self.branch is not None and self.branch.answering):
+            return
+        self.steered = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def run(self) -> Completion:
+        finish: Finish = "error"
+        error = ""
+        try:
+            async with self.setting.slots:
+                finish = await self._drive()
+        except CallFailed as failure:
+            error = one_line(str(failure))
+            if failure.unreachable:
+                self.setting.unreachable = error
+        except Exception as failure:  # a mistake of ours must not leave the driver waiting for ever
+            LOG.exception("seed %d failed", self.request.seed)
+            error = f"{type(failure).__name__}: {one_line(str(failure))}"
+        if self.aborted and finish == "error":
+            finish, error = "abort", ""
+        if self.branch is None:
+            return Completion("", finish, 0, 0, error=error)
+        return self.branch.completion(finish, error)
+
+    async def _drive(self) -> Finish:
+        """Call after call until the branch is done. Raises the CallFailed that ended it."""
+        wait_s = 0.0
+        resumes = self.setting.server.exact or self.setting.server.continues
+        while not self.aborted:
+            branch = self.branch
+            if branch is None:
+                work = self._prepare(wait_s)
+            else:
+                branch.steered = self.steered
+                if not (max_tokens := branch.next_tokens()):
+                    return branch.finish
+                work = self._attempt(branch, max_tokens, wait_s)
+            wait_s = 0.0
+            try:
+                await self._interruptible(work)
+            except CallFailed as failure:
+                if failure.changed:
+                    continue
+                self.failures += 1
+                spent = branch is not None and branch.least_passes > PROMPT_PASSES
+                if not failure.again or spent or self.failures > self.setting.max_retries:
+                    raise
+                LOG.info("seed %d, failure %d: %s", self.request.seed, self.failures, failure)
+                wait_s = self.setting.backoff(self.failures, failure, self.lot)
+            if branch is not None and not (resumes or self.steered):
+                branch.restart_if_cut()
+        return "abort"
+
+    async def _interruptible(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` as a task that ``abort`` and ``steer`` can cancel without ending the branch."""
+        call = self._call = asyncio.get_running_loop().create_task(work)
+        try:
+            await asyncio.wait({call})
+            if not call.cancelled():
+                call.result()
+        finally:
+            self._call = None
+            if not call.done():  # the ticket itself was cancelled: the engine is closing
+                call.cancel()
+                await asyncio.wait({call})
+
+    async def _prepare(self, wait_s: float) -> None:
+        """The prompt, and with it the branch's state. Raises CallFailed also where nothing fits."""
+        await asyncio.sleep(wait_s)
+        request, setting, server = self.request, self.setting, self.setting.server
+        room, thinking = setting.room_tokens, request.thinking_tokens
+        if server.exact:
+            self.prompt_ids = list(await setting.prompt_ids(request.problem, request.effort))
+            if request.prefix:
+                self.prompt_ids += await server.tokenize(text=request.prefix)
+            prompt = len(self.prompt_ids)
+            thinking = min(thinking, setting.context - prompt - room)
+            if thinking < 0:
+                raise CallFailed(
+                    f"the prompt ({prompt} tokens) and the room to answer ({room}) do not fit into the "
+                    f"model's context ({setting.context})",
+                    again=False,
+                )
+        else:
+            prompt = estimate_prompt(request.problem) + len(request.prefix.encode()) // BYTES_PER_TOKEN
+        self.branch = HTTPBranch(
+            request=request,
+            form=setting.form,
+            spans=setting.spans,
+            thinking=thinking,
+            room=room,
+            prompt=prompt,
+            prompt_opens=setting.prompt_opens,
+            unseen=server.stream_interval - 1 if server.is_vllm else 0,
+        )
+
+    async def _attempt(self, branch: HTTPBranch, max_tokens: int, wait_s: float) -> None:
+        """One call of the branch, after a pause."""
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        server = self.setting.server
+        path, body = await self._body(branch, max_tokens)
+
+        def receive(delta: Delta) -> bool:
+            going = branch.receive(delta)
+            self.setting.unreachable = ""
+            self.moved(branch.output_tokens)
+            if not going:
+                server.say_once(f"the server samples past {server.max_field}; calls are cut there")
+            return going
+
+        branch.begin(max_tokens)
+        cut = True
+        try:
+            await server.generate(path, body, receive)
+            cut = False
+        finally:
+            branch.end(cut=cut)
+
+    async def _body(self, branch: HTTPBranch, max_tokens: int) -> tuple[str, dict[str, Any]]:
+        request, server, answering = self.request, self.setting.server, branch.answering
+        seed = (request.seed + branch.calls) & (2**63 - 1)  # no two calls of a branch draw the same
+        if server.exact:
+            written = branch.ids if branch.ids_known else await server.tokenize(text=branch.text)
+            ids = self.prompt_ids + written
+            return "/v1/completions", server.completion_body(
+                request, ids, max_tokens, seed, answering=answering
+            )
+        text = request.prefix + branch.text
+        return "/v1/chat/completions", server.chat_body(request, text, max_tokens, seed, answering=answering)

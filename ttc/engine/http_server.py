@@ -1,0 +1,307 @@
+"""An OpenAI-compatible server: what it can do, its prompts in tokens, and the bodies of its calls.
+
+Owns the pooled client and all differences between servers (vLLM's extras; fields that a server refuses by
+name are left out from then on, with one warning each); knows nothing of branches, caps and retries.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from ttc.engine.http_pool import ConnectionPerCall
+from ttc.engine.http_stream import CallFailed, Delta, broken, refusal, stream_call
+from ttc.errors import InputError, TTCError
+from ttc.types import Request
+
+LOG = logging.getLogger("ttc.engine.openai")
+CONNECT_S = 10.0
+OPTIONAL_FIELDS = (
+    "stream_options",
+    "continue_final_message",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "seed",
+    "top_p",
+    "top_logprobs",
+    "logprobs",
+)
+"""Fields that a server may refuse by name (status 400 or 422) and that a call can do without."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One entry of /v1/models; ``context`` 0 and ``root`` "" where the server does not say."""
+
+    id: str
+    root: str
+    context: int
+    owner: str
+
+
+def base_url(text: str) -> str:
+    """The server's root, without ``openai:`` in front and ``/v1`` behind. Raises InputError."""
+    url = text.removeprefix("openai:").strip()
+    url = url if "://" in url else f"http://{url}"
+    url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError(f"engine: can't read the address {text!r}; write it as openai:http://host:8000/v1")
+    return url
+
+
+@dataclass(slots=True)
+class Server:
+    """A server and what was learned of it. ``exact``: prompts and continuations are token ids (/tokenize and
+    /v1/completions); ``continues``: a chat may end in a half-written assistant turn; ``seeds``: requests
+    carry theirs (None: where the server is not vLLM). Use from one event loop only."""
+
+    url: str
+    api_key: str | None
+    timeout_s: float
+    stream_interval: int = 1
+    seeds: bool | None = None
+    cache_salt: str | None = None
+    model: str = ""
+    version: str = ""
+    is_vllm: bool = False
+    exact: bool = False
+    continues: bool = False
+    max_field: str = "max_tokens"
+    refused: set[str] = field(default_factory=set)
+    _client: httpx.AsyncClient | None = None
+    _said: set[str] = field(default_factory=set)
+
+    @property
+    def client(self) -> httpx.AsyncClient:
+        if self._client is None:
+            headers = {"accept-encoding": "identity"}
+            if self.api_key:
+                headers["authorization"] = f"Bearer {self.api_key}"
+            self._client = httpx.AsyncClient(
+                base_url=self.url,
+                headers=headers,
+                timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S),
+                transport=ConnectionPerCall(verify=self.url.startswith("https"), proxy=_proxy(self.url)),
+            )
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    def say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            LOG.warning("%s: %s", self.url, message)
+
+    # -- what the server is ------------------------------------------------------------------------
+    async def models(self) -> list[ServedModel]:
+        """What /v1/models lists. Raises CallFailed."""
+        entries = (await self._json("GET", "/v1/models")).get("data") or []
+        return [
+            ServedModel(
+                id=str(entry.get("id")),
+                root=str(entry.get("root") or ""),
+                context=int(entry.get("max_model_len") or 0),
+                owner=str(entry.get("owned_by") or ""),
+            )
+            for entry in entries
+        ]
+
+    async def learn(self, model: ServedModel) -> None:
+        """Find out what the server can do for ``model``, spending no output tokens."""
+        self.model = model.id
+        try:
+            self.version = str((await self._json("GET", "/version")).get("version") or "")
+        except CallFailed:
+            self.version = ""
+        try:
+            ids = await self.tokenize(messages=[{"role": "user", "content": "Hi"}])
+            self.exact = bool(ids) and await self._exists("/v1/completions")
+        except CallFailed:
+            self.exact = False
+        self.is_vllm = model.owner == "vllm" or self.exact
+        self.continues = self.is_vllm or model.owner == "sglang"
+        if self.seeds is None:
+            self.seeds = not self.is_vllm
+        if not self.exact:
+            self.say_once(
+                "no /tokenize or no /v1/completions, so prompts go as chat messages; prompt lengths before "
+                "the call and forced tokens are estimates"
+            )
+
+    async def _exists(self, path: str) -> bool:
+        try:
+            return (await self.client.get(path)).status_code != 404  # 405: it is there, for POST
+        except httpx.HTTPError:
+            return False
+
+    # -- tokens ------------------------------------------------------------------------------------
+    async def tokenize(
+        self, *, text: str = "", messages: Sequence[Mapping[str, str]] = (), effort: float | None = None
+    ) -> list[int]:
+        """Token ids of a text as it stands, or of chat messages up to where the answer starts."""
+        body: dict[str, Any] = {"model": self.model, "add_special_tokens": False}
+        if messages:
+            body |= {"messages": [dict(m) for m in messages], "add_generation_prompt": True}
+            body |= _template_options(effort)
+        else:
+            body["prompt"] = text
+        return [int(i) for i in (await self._json("POST", "/tokenize", body)).get("tokens") or []]
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        body = {"model": self.model, "tokens": list(ids)}
+        return str((await self._json("POST", "/detokenize", body)).get("prompt") or "")
+
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            response = await self.client.request(method, path, json=body)
+            if response.status_code != 200:
+                raise refusal(response)
+            answer = response.json()
+        except httpx.HTTPError as error:
+            raise broken(error) from error
+        except ValueError as error:
+            raise CallFailed(f"{path} did not answer in JSON", again=False) from error
+        return answer if isinstance(answer, dict) else {}
+
+    # -- calls -------------------------------------------------------------------------------------
+    async def generate(self, path: str, body: dict[str, Any], receive: Callable[[Delta], bool]) -> None:
+        """``stream_call``; learns from a refusal which fields the server does not take. Raises CallFailed."""
+        try:
+            await stream_call(self.client, path, body, receive)
+        except CallFailed as failure:
+            failure.changed = failure.status in (400, 422) and self._learn_refused(str(failure), body)
+            raise
+
+    def _learn_refused(self, words: str, body: Mapping[str, Any]) -> bool:
+        """True if the server named a field of ``body`` that the next body will be without."""
+        if "max_tokens" in body and "max_completion_tokens" in words:
+            self.max_field = "max_completion_tokens"
+            return True
+        for name in OPTIONAL_FIELDS:
+            if name in body and re.search(rf"\b{name}\b", words):
+                self.refused.add(name)
+                self.say_once(f"the server does not take {name!r}; it is left out")
+                return True
+        return False
+
+    def completion_body(
+        self, request: Request, prompt_ids: Sequence[int], max_tokens: int, seed: int, *, answering: bool
+    ) -> dict[str, Any]:
+        """The body of a /v1/completions call on token ids; ``answering``: it may not come back empty."""
+        body = self._common(request, max_tokens, seed, answering)
+        body |= {"prompt": list(prompt_ids), "return_token_ids": True}
+        if "mean-logprob" in request.signals:
+            body["logprobs"] = 0
+        return self._allowed(body)
+
+    def chat_body(
+        self, request: Request, written: str, max_tokens: int, seed: int, *, answering: bool
+    ) -> dict[str, Any]:
+        """The body of a /v1/chat/completions call; ``written`` is a half-written answer to go on from."""
+        body = self._common(request, max_tokens, seed, answering) | _template_options(request.effort)
+        messages = [dict(m) for m in request.problem.messages]
+        if written:
+            messages.append({"role": "assistant", "content": written})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if "mean-logprob" in request.signals:
+            body |= {"logprobs": True, "top_logprobs": 0}
+        return self._allowed(body | {"messages": messages})
+
+    def _common(self, request: Request, max_tokens: int, seed: int, answering: bool) -> dict[str, Any]:
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            self.max_field: max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.seeds:
+            body["seed"] = seed
+        if self.is_vllm:  # name all of the sampling: gaps are filled from the model's generation_config
+            body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+            body |= {"skip_special_tokens": False, "stream_interval": self.stream_interval}
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+            if answering:
+                body["min_tokens"] = 1
+            if self.cache_salt:
+                body["cache_salt"] = self.cache_salt
+        return body
+
+    def _allowed(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in body.items() if key not in self.refused}
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for ``url`` (HTTPS_PROXY, NO_PROXY …); never one for loopback."""
+    parts = urlsplit(url)
+    if parts.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(parts.hostname or ""):
+        return None
+    found = getproxies()
+    return found.get(parts.scheme) or found.get("all")
+
+
+def _template_options(effort: float | None) -> dict[str, Any]:
+    return {} if effort is None else {"chat_template_kwargs": {"effort": effort}}
+
+
+def choose_model(model: str | None, served: Sequence[ServedModel], url: str) -> ServedModel:
+    """The entry that ``model`` names: by id, by path, by a folder's name, or as a nano model. Raises
+    InputError."""
+    names = ", ".join(m.id for m in served) or "none"
+    if model is None:
+        if len({m.root or m.id for m in served}) == 1:
+            return served[0]
+        raise InputError(f"model: {url} serves {names}; name one of them")
+    wanted = {model, str(Path(model).expanduser())} | _nano_paths(model)
+    for entry in served:
+        if (
+            {entry.id, entry.root} & wanted
+            or Path(entry.id).name == model
+            or (entry.root and Path(entry.root).name == model)
+        ):
+            return entry
+    raise InputError(f"model: {url} does not serve {model!r}; it serves {names}")
+
+
+def _nano_paths(model: str) -> set[str]:
+    """Where an embedded model lies, if ``model`` names one."""
+    try:
+        from ttc import nano
+
+        folder = nano.resolve(model)
+    except (ImportError, AttributeError, TTCError):
+        return set()
+    return {str(folder), str(Path(folder).resolve())} if folder is not None else set()
+
+
+def cannot_open(url: str, error: CallFailed) -> str:
+    words = str(error)
+    if error.unreachable:
+        mend = (
+            "start the server (python -m vllm.entrypoints.openai.api_server --model …) or correct the address"
+        )
+    elif "HTTP 401" in words or "HTTP 403" in words:
+        mend = "set OPENAI_API_KEY"
+    elif "HTTP 404" in words:
+        mend = "give the address of an OpenAI-compatible server, such as openai:http://localhost:8000/v1"
+    else:
+        mend = "see the server's log"
+    return f"engine: can't use {url} ({words}); {mend}"

@@ -1,0 +1,301 @@
+"""``openai:URL``: any OpenAI-compatible server as an engine, with vLLM's own extras where the server is vLLM.
+
+Owns one background thread with one event loop and one pooled client, at most ``concurrency`` calls at a
+time, retries, and the hand-over to the driver's thread. What a branch does call by call is in
+``http_branch``, what a server can do in ``http_server``, the wire in ``http_stream``.
+
+What to know of engines behind HTTP: a cap is a chain of ``max_tokens`` (see ``http_branch``); ``steerable``
+is False, since a steer costs a round trip while the server samples on, so the driver reserves the worst case
+up front, and ``steer`` serves deadlines; the batch can't be seen, so ``weight_reads`` is None and
+``Counters.steps`` 0; of the confidence signals only "mean-logprob" can be had. Every call is charged its
+whole prompt. vLLM gets no seeds unless asked: a seed does not fix a sample there (it depends on the batch),
+slows the sampler down, and on CPU kills the engine if the request's prefill is cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ttc.engine.http_branch import Span, Spans
+from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
+from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
+from ttc.engine.http_stream import CallFailed
+from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.errors import EngineError, InputError, TTCError
+from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+
+if TYPE_CHECKING:
+    from ttc.costmodel import ModelShape
+    from ttc.engine.model import ModelFiles
+
+T = TypeVar("T")
+LOG = logging.getLogger("ttc.engine.openai")
+GENERIC_FORMAT = AnswerFormat(close_text="\n</think>\n\n\\boxed{", extract="boxed", answer_tokens=64)
+UNKNOWN_CONTEXT = 8192
+STEP_WAIT_S = 0.05
+
+
+class OpenAIEngine:
+    """An OpenAI-compatible server behind the ``Engine`` protocol; its verbs may be called from any thread.
+
+    ``model`` is a name that the server lists (default: the only one); ``api_key`` falls back to
+    OPENAI_API_KEY; ``timeout_s`` is the longest silence of a running stream; ``context``, ``format``,
+    ``shape`` and ``sampling`` override what can be learned from the server. ``stream_interval`` is how many
+    tokens vLLM puts into one event: a cancelled branch is charged up to that many less one for what the
+    server may have sampled unseen. ``seeds``: send each request's seed (None: unless the server is vLLM).
+    ``cache_salt`` sets the run's prefix cache apart from others'. Raises InputError if the server can't be
+    reached or lacks the model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        format: AnswerFormat | None = None,
+        shape: ModelShape | None = None,
+        sampling: Sampling | None = None,
+        context: int | None = None,
+        timeout_s: float = 120.0,
+        max_retries: int = 5,
+        backoff_s: float = 0.5,
+        stream_interval: int = 8,
+        seeds: bool | None = None,
+        cache_salt: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if concurrency < 1:
+            raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        self._server = Server(base_url(url), key, timeout_s, max(stream_interval, 1), seeds, cache_salt)
+        self._news = threading.Condition()
+        self._finished: list[tuple[int, Completion]] = []
+        self._moved: dict[int, Progress] = {}
+        self._running: dict[int, Runner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._counters = Counters()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ttc-openai", daemon=True)
+        self._thread.start()
+        try:
+            served, files = self._meet(model)
+            form = format or (files.format if files is not None else GENERIC_FORMAT)
+            length = context or served.context or (files.context if files is not None else 0)
+            self._setting = self._call(self._set(form, length, concurrency, max_retries, backoff_s, seed))
+        except BaseException:
+            self.close()
+            raise
+
+        self._info = EngineInfo(
+            name="openai",
+            model=served.id,
+            context=self._setting.context,
+            concurrency=concurrency,
+            format=form,
+            sampling=sampling or (files.sampling if files is not None else Sampling()),
+            steerable=False,
+            shape=shape or (files.shape if files is not None else None),
+            prompt_passes=PROMPT_PASSES,
+            thinking_tokens=files.thinking_tokens if files is not None else 0,
+            signals=("mean-logprob",),
+            identity={
+                **(files.identity if files is not None else {}),
+                "model": served.id,
+                "server": f"vllm {self._server.version}".strip() if self._server.is_vllm else "openai",
+            },
+        )
+
+    # -- start-up ----------------------------------------------------------------------------------
+    def _meet(self, model: str | None) -> tuple[ServedModel, ModelFiles | None]:
+        """Which of the server's models it is, what the server can do, and the model's files if they are here.
+        Raises InputError."""
+        try:
+            served = choose_model(model, self._call(self._server.models()), self._server.url)
+            self._call(self._server.learn(served))
+        except CallFailed as error:
+            raise InputError(cannot_open(self._server.url, error)) from error
+        return served, _local_files(served.root)
+
+    async def _set(
+        self,
+        form: AnswerFormat,
+        context: int,
+        concurrency: int,
+        max_retries: int,
+        backoff_s: float,
+        seed: int,
+    ) -> Setting:
+        """What all tickets share, with the texts to insert in this model's tokens. Raises InputError."""
+        server, opens = self._server, None
+        if not context:
+            context = UNKNOWN_CONTEXT
+            server.say_once(f"the server does not tell its context; {context} tokens are assumed")
+        spans = [Span(text, None) for text in Spans.texts(form)]
+        if server.exact:
+            try:
+                spans = [
+                    Span(s.text, tuple(await server.tokenize(text=s.text)) if s.text else ()) for s in spans
+                ]
+                prompt = await server.tokenize(messages=[{"role": "user", "content": "Hi"}])
+                end = (await server.detokenize(prompt[-32:])).rstrip()
+            except CallFailed as error:
+                raise InputError(cannot_open(server.url, error)) from error
+            opens = bool(form.think_open.strip()) and end.endswith(form.think_open.strip())
+        slots = asyncio.Semaphore(concurrency)
+        return Setting(server, form, Spans(*spans), opens, context, max_retries, backoff_s, seed, slots)
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's loop and wait for it."""
+        if self._loop.is_closed():
+            work.close()
+            raise EngineError("the engine is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -- the protocol ------------------------------------------------------------------------------
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def room_tokens(self) -> int:
+        return self._setting.room_tokens
+
+    def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
+        """Exact where the server can tokenise, else an estimate (a token for every three bytes); also for a
+        prompt that the server refuses, since that is the problem's own failure and shows when it runs."""
+        if not self._server.exact:
+            return estimate_prompt(problem)
+        for failures in range(self._setting.max_retries + 1):
+            try:
+                return len(self._call(self._setting.prompt_ids(problem, effort)))
+            except CallFailed as error:
+                if not error.again:
+                    return estimate_prompt(problem)
+                failure = error
+                time.sleep(max(failure.wait_s, self._setting.backoff_s * 2.0**failures))
+        raise EngineError(f"{self._server.url} can't tokenise the prompt: {failure}", retryable=True)
+
+    def submit(self, ticket: int, request: Request) -> None:
+        self._on_loop(self._start, ticket, request)
+        with self._news:
+            self._count(requests=1)
+
+    def steer(self, ticket: int, word: Literal["close"]) -> None:
+        """Stop the running call, close the thought and answer in the room. No effect on a branch that has
+        begun to answer."""
+        self._on_loop(self._steer, ticket)
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        self._on_loop(self._abort, list(tickets))
+
+    def _on_loop(self, function: Any, *args: Any) -> None:
+        if self._loop.is_closed():
+            raise EngineError("the engine is closed")
+        self._loop.call_soon_threadsafe(function, *args)
+
+    def step(self) -> StepReport:
+        """What has ended since the last step, waiting 50 ms for something to end if nothing has, and where
+        the others are.
+
+        Raises EngineError once the server can't be reached any more and everything that had run has been
+        reported.
+        """
+        if self._loop.is_closed():
+            raise EngineError("the engine is closed")
+        with self._news:
+            if not self._finished:
+                self._news.wait(STEP_WAIT_S)
+            report = StepReport(self._finished, self._moved)
+            self._finished, self._moved = [], {}
+            gone = self._setting.unreachable
+            if gone and not self._running and not report.finished:
+                raise EngineError(f"{self._server.url} can't be reached any more: {gone}", retryable=True)
+        return report
+
+    def counters(self) -> Counters:
+        """Totals over branches that have ended, by the server's usage as it was charged."""
+        with self._news:
+            return self._counters
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(timeout=10.0)
+        except TimeoutError:
+            LOG.warning("%s: a connection did not close in 10 s", self._server.url)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=10.0)
+            self._loop.close()
+
+    async def _shut(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.close()
+        await self._loop.shutdown_asyncgens()
+
+    # -- on the loop -------------------------------------------------------------------------------
+    def _start(self, ticket: int, request: Request) -> None:
+        if self._setting.unreachable:
+            return  # never runs: the step that has nothing left to report says that the server is gone
+
+        def moved(tokens: int) -> None:
+            with self._news:
+                self._moved[ticket] = Progress(tokens, None)
+
+        self._running[ticket] = runner = Runner(self._setting, request, moved)
+        task = self._loop.create_task(self._run(ticket, runner))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, ticket: int, runner: Runner) -> None:
+        completion = await runner.run()
+        with self._news:
+            self._running.pop(ticket, None)
+            self._moved.pop(ticket, None)
+            self._finished.append((ticket, completion))
+            self._count(
+                output_tokens=completion.output_tokens,
+                prompt_tokens=completion.prompt_tokens,
+                cached_tokens=completion.cached_tokens,
+            )
+            self._news.notify_all()
+
+    def _count(self, **more: int) -> None:
+        self._counters = replace(
+            self._counters, **{name: getattr(self._counters, name) + value for name, value in more.items()}
+        )
+
+    def _abort(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            if (runner := self._running.get(ticket)) is not None:
+                runner.abort()
+
+    def _steer(self, ticket: int) -> None:
+        if (runner := self._running.get(ticket)) is not None:
+            runner.steer()
+
+
+def _local_files(root: str) -> ModelFiles | None:
+    """Shape, format and sampling, if the served model's files lie on this machine."""
+    if not root or not Path(root, "config.json").is_file():
+        return None
+    try:
+        from ttc.engine.model import load_model_files
+
+        return load_model_files(root)
+    except (ImportError, TTCError) as error:
+        LOG.info("nothing learned from %s: %s", root, error)
+        return None
