@@ -101,18 +101,28 @@ def design(
 
 
 def measure(
-    stepper: Stepper, cells: Sequence[Cell], progress: Callable[[str], None] = lambda _: None
+    stepper: Stepper,
+    cells: Sequence[Cell],
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    rounds: int = 5,
 ) -> list[Measurement]:
-    """Every cell, in a fixed shuffle that spreads a slow drift of the machine over the grid."""
-    order = np.random.default_rng(0).permutation(len(cells))
-    found: dict[int, Measurement] = {}
-    for done, k in enumerate(order, 1):
-        cell = cells[k]
-        seconds = stepper.measure(cell.batch, cell.context, cell.kv_budget, cell.phase)
-        found[int(k)] = m = Measurement(cell, tuple(seconds))
-        where = f"{cell.phase} batch {cell.batch} context {cell.context}"
-        progress(f"{done}/{len(cells)} {where}: {m.median:.4g} s")
-    return [found[k] for k in sorted(found)]
+    """Every cell once in each of ``rounds`` rounds, in a new order each time: a machine that is slower for
+    a while then touches all cells alike. Repeats of all rounds are pooled."""
+    if rounds < 1 or not cells:
+        raise InputError(f"calibration of {len(cells)} cells in {rounds} rounds measures nothing; give both")
+    rng = np.random.default_rng(0)
+    seconds: list[list[float]] = [[] for _ in cells]
+    for turn in range(rounds):
+        # longest contexts first in the first round: they fill the prefix cache for the shorter ones
+        largest_first = np.argsort([-c.batch * c.context for c in cells], kind="stable")
+        order = rng.permutation(len(cells)) if turn else largest_first
+        for done, k in enumerate(order, 1):
+            cell = cells[k]
+            seconds[k] += stepper.measure(cell.batch, cell.context, cell.kv_budget, cell.phase)
+            where = f"{cell.phase} batch {cell.batch} context {cell.context}"
+            progress(f"round {turn + 1}/{rounds}, {done}/{len(cells)}: {where}: {seconds[k][-1]:.4g} s")
+    return [Measurement(cell, tuple(times)) for cell, times in zip(cells, seconds, strict=True)]
 
 
 def fit(

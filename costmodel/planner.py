@@ -179,12 +179,15 @@ def _best(points: Sequence[Point], cost: Any) -> Point:
 def _why(best: Point, price: float, budget: float, affordable: int, total: int) -> str:
     share = f"uses {price / budget:.0%} of the budget; {affordable} of {total} configurations fit it"
     if best.accuracy is None:
-        return f"no accuracy is known for these models: the largest that affords one long chain, on cost alone; {share}"
+        return f"no accuracy is known: the largest model that affords one long chain, on cost alone; {share}"
     return f"the most accurate that fits: {accuracy_of(best):.1%}; {share}"
 
 
 def _runners(affordable: Sequence[Point], best: Point, cost: Any) -> list[Point]:
     """The best of every other (model, sampler, N, KV budget), most accurate first."""
+    if best.accuracy is None:
+        others = {p.model for p in affordable} - {best.model}
+        return [_best([p for p in affordable if p.model == m], cost) for m in sorted(others)]
     groups: dict[tuple[Any, ...], Point] = {}
     taken = (best.model, best.sampler, best.samples, best.kv_budget, best.effort)
     for point in affordable:
@@ -192,8 +195,6 @@ def _runners(affordable: Sequence[Point], best: Point, cost: Any) -> list[Point]
         if key == taken:
             continue
         groups[key] = _best([groups[key], point], cost) if key in groups else point
-    if best.accuracy is None:
-        return sorted(groups.values(), key=lambda p: -p.params)
     return sorted(groups.values(), key=lambda p: (-accuracy_of(p), cost(p)))
 
 

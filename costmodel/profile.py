@@ -182,7 +182,7 @@ def decode_bytes(
 ) -> tuple[float, float]:
     """KV bytes that one sequence reads and writes in one decode step, and bytes of page summaries that it
     scores."""
-    common: dict[str, Any] = {"prompt_tokens": context_tokens, "start_tokens": 1, "generated_tokens": 1}
+    common: dict[str, Any] = {"prompt_tokens": context_tokens - 1, "start_tokens": 1, "generated_tokens": 1}
     common["weight_reads"] = 0.0
     if kv_budget is None:
         return float(full(shape, **common).bytes), 0.0

@@ -188,6 +188,12 @@ class ModelShape:
         return cls.named(str(model))
 
 
+def published_config(name: str) -> dict[str, Any]:
+    """The published config.json values of a registry model; raises InputError for an unknown name."""
+    shape = ModelShape.named(name)
+    return dict(_registry()[shape.name]["config"])
+
+
 def model_names() -> list[str]:
     """The registry's names, in the registry's order."""
     return list(_registry())

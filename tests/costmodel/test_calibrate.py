@@ -1,0 +1,137 @@
+"""The calibration fit: synthetic engines give back their own terms; noise is measured, held-out points are
+honest."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttc.costmodel import ModelShape
+from ttc.costmodel.calibrate import Cell, Measurement, Phase, design, fit, measure, predict
+from ttc.costmodel.profile import Profile, Terms, decode_bytes, prefill_flops
+from ttc.errors import InputError
+
+SHAPE = ModelShape.named("Qwen3-0.6B")
+PROFILES = Path(__file__).resolve().parents[2] / "costmodel" / "profiles"
+
+
+class Synthetic:
+    """A machine that obeys the model, with multiplicative noise and, now and then, a hiccup."""
+
+    def __init__(self, noise: float = 0.0, hiccup: float = 0.0) -> None:
+        self.noise, self.hiccup, self.random = noise, hiccup, random.Random(0)
+
+    def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
+        if phase == "prefill":
+            linear, attention = prefill_flops(SHAPE, context)
+            return 0.1 + linear / 2e11 + attention / 1e11
+        kv, search = decode_bytes(SHAPE, context, kv_budget, 32, "block")
+        return 0.1 + batch * (0.004 + kv / 6e9 + search / 3e9)
+
+    def measure(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> list[float]:
+        out = []
+        for _ in range(7):
+            slow = 3.0 if self.random.random() < self.hiccup else 1.0
+            out.append(
+                self.true(batch, context, kv_budget, phase) * slow * (1 + self.noise * self.random.random())
+            )
+        return out
+
+
+def _calibrated(machine: Synthetic) -> Profile:
+    cells = design(kv_budgets=(64, 256))
+    return fit(SHAPE, measure(machine, cells, rounds=3), kv_block=32, kv_method="block")
+
+
+def test_a_quiet_machine_is_recovered_exactly() -> None:
+    profile = _calibrated(Synthetic())
+    assert profile.held_out.inside_worst < 1e-6
+    assert profile.held_out.beyond_worst < 1e-6
+    assert profile.terms.kv_s_per_byte == pytest.approx(1 / 6e9)
+    assert profile.terms.search_s_per_byte == pytest.approx(1 / 3e9)
+    assert profile.terms.prefill_s_per_flop == pytest.approx(1 / 2e11)
+    assert profile.noise == 0
+
+
+def test_a_noisy_machine_is_fitted_within_the_goal_and_says_so() -> None:
+    profile = _calibrated(Synthetic(noise=0.05, hiccup=0.1))
+    assert profile.held_out.inside_mean < 0.05
+    assert profile.held_out.inside_worst < 0.15
+    assert 0.01 < profile.noise < 0.2
+
+
+def test_the_design_holds_out_inside_and_beyond() -> None:
+    cells = design(batches=(1, 2, 4, 8), contexts=(64, 128, 256), kv_budgets=(100,))
+    roles = {role: [c for c in cells if c.role == role] for role in ("fit", "inside", "beyond")}
+    assert all(roles.values())
+    decode = [c for c in roles["inside"] if c.phase == "decode"]
+    assert all(c.batch < 8 and c.context < 256 for c in decode)
+    assert all(c.kv_budget is None or c.kv_budget < c.context for c in cells)
+    with pytest.raises(InputError, match="too small"):
+        design(batches=(1, 2))
+
+
+def test_profiles_survive_storage(tmp_path: Path) -> None:
+    profile = _calibrated(Synthetic())
+    profile.save(tmp_path / "p.json")
+    again = Profile.load(tmp_path / "p.json")
+    assert again.terms == profile.terms
+    assert again.held_out == profile.held_out
+    for cell in (Cell("decode", 3, 300, 100), Cell("prefill", 1, 77)):
+        assert predict(SHAPE, again, cell) == predict(SHAPE, profile, cell)
+
+
+def test_a_chain_is_the_sum_of_its_steps() -> None:
+    profile = _calibrated(Synthetic())
+    prompt, length, batch = 50, 30, 4
+    steps = sum(
+        profile.decode_s(SHAPE, batch=batch, context_tokens=prompt + t) / batch for t in range(1, length)
+    )
+    whole = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=length, batch=batch)
+    prefill = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=0, batch=batch)
+    assert whole - prefill == pytest.approx(steps, rel=1e-9)
+    many = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=np.array([1, length]), batch=batch)
+    assert many[1] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"terms": {"step_fixed_s": math.nan}}, "holds NaN"),
+        ({"terms": {"step_fixed_s": -1.0}}, "not negative"),
+        ({"terms": {"unheard_of": 1.0}}, "unheard_of"),
+        ({"schema": 9}, "schema 1"),
+        ({"noise": None}, "calibrate again"),
+    ],
+)
+def test_bad_profiles_get_one_line(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    _calibrated(Synthetic()).save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text()) | change
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=told) as caught:
+        Profile.load(tmp_path / "p.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_measurements_get_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="step time"):
+        Measurement(Cell("decode", 1, 1), (math.nan,))
+    with pytest.raises(InputError, match="too few"):
+        fit(SHAPE, [Measurement(Cell("decode", 1, 1), (1.0,))])
+    with pytest.raises(InputError, match="not negative"):
+        Terms(step_fixed_s=math.inf)
+    with pytest.raises(InputError, match="ttc calibrate"):
+        Profile.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json")), ids=lambda p: p.stem)
+def test_the_profiles_we_keep_load(path: Path) -> None:
+    profile = Profile.load(path)
+    assert profile.machine
+    assert profile.versions
+    assert profile.measurements
