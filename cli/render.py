@@ -17,7 +17,7 @@ from ttc.pricing import spent_in
 from ttc.summary import wilson
 
 if TYPE_CHECKING:
-    from ttc.driver import Status
+    from ttc.jobs import Status
     from ttc.types import Problem, Result
 
 stderr = Console(stderr=True, highlight=False)

@@ -12,8 +12,8 @@ import importlib
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
-from ttc.driver import Policy
 from ttc.errors import InputError
+from ttc.jobs import Policy
 from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
 
 POLICIES: dict[str, type[Any]] = {
@@ -27,7 +27,7 @@ POLICIES: dict[str, type[Any]] = {
 def parse(text: str) -> Policy:
     """A policy from its name and options. Raises InputError for an unknown name, option or value, naming the valid ones."""
     name, _, query = text.partition("?")
-    kind = _imported(name) if ":" in name else POLICIES.get(name)
+    kind: type[Any] | None = _imported(name) if ":" in name else POLICIES.get(name)
     if kind is None:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

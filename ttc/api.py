@@ -23,9 +23,10 @@ from importlib.metadata import version
 from typing import Any
 
 from ttc.budget import Budget
-from ttc.driver import Driver, Policy, RewardModel, Status
+from ttc.driver import Driver
 from ttc.engine.protocol import Engine
 from ttc.errors import InputError
+from ttc.jobs import Policy, RewardModel, Status
 from ttc.judge import Jury
 from ttc.ledger import Ledger
 from ttc.policies import describe

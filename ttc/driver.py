@@ -19,12 +19,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 from ttc.budget import Budget, Meter, format_amount
+from ttc.cashier import LEASE, Cashier, rounded_up
 from ttc.engine.protocol import Engine, StepReport
-from ttc.errors import BudgetTooSmall, EngineError, InputError
+from ttc.errors import BudgetTooSmall, EngineError
+from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
 from ttc.pricing import Pricer, spent_in
 from ttc.types import (
@@ -39,110 +40,13 @@ from ttc.types import (
     Reply,
     Request,
     Result,
-    Routine,
     Score,
     Verdict,
     Work,
 )
 
-LEASE = 32
-"""Tokens of thinking that an eFLOPs lease is extended by."""
 RETRIES = 2
 """How often the driver issues a failed request again (engines retry their own transport errors themselves)."""
-
-
-class Policy(Protocol):
-    """A frozen, picklable value: what to buy for a budget."""
-
-    @property
-    def name(self) -> str: ...
-
-    def run(self, problem: Problem, brief: Brief) -> Routine: ...
-
-
-class Judge(Protocol):
-    """What the driver needs to know of answers: extraction, equality, verdict (``ttc.verify.Jury``)."""
-
-    def answer(self, problem: Problem, text: str) -> str | None: ...
-    def vote(self, problem: Problem, answer: str) -> str: ...
-    def verdict(self, problem: Problem, answer: str | None) -> Verdict | None: ...
-    def forget(self, problem: Problem) -> None: ...
-
-
-class RewardModel(Protocol):
-    """Scores answers for best-of-n and its kin; ``tokens`` says beforehand how many tokens that will read."""
-
-    def tokens(self, problem: Problem, texts: Sequence[str]) -> int: ...
-    def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]: ...
-
-
-@dataclass(slots=True)
-class Account:
-    """A budget scope at run time: its meter, its clock, and the flights that may still give something back."""
-
-    meter: Meter
-    started: float | None = None
-    flights: int = 0
-    closing: bool = False
-
-
-@dataclass(slots=True)
-class Job:
-    """One problem on its way."""
-
-    order: int
-    problem: Problem
-    brief: Brief
-    prompt_tokens: int
-    account: Account
-    routine: Routine | None = None
-    work: Generate | None = None
-    pending: deque[tuple[int, Request]] = field(default_factory=deque)
-    slots: list[Branch | None] = field(default_factory=list)
-    arrived: list[Branch] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    charge: Charge = Charge()
-    shared_eflops: list[float] = field(default_factory=list)
-    started: int = 0
-    flights: set[int] = field(default_factory=set)
-    cancelled: bool = False
-    denied: bool = False
-    failed: str = ""
-
-
-@dataclass(slots=True)
-class Flight:
-    """One request inside the engine."""
-
-    job: Job
-    slot: int
-    request: Request
-    submitted: float
-    tokens: int = 0
-    reads: float = 0.0
-    lease_end: int | None = None
-    moved: float = 0.0
-    attempts: int = 0
-    carried: Charge = Charge()
-    expected: float = 0.0
-    closing: bool = False
-
-
-@dataclass(slots=True)
-class Status:
-    """Where a run is; read by the progress display after each step."""
-
-    problems: int = 0
-    done: int = 0
-    failed: int = 0
-    scored: int = 0
-    correct: int = 0
-    running: int = 0
-    samples: int = 0
-    charge: Charge = Charge()
-    seconds: float = 0.0
-    running_tokens: int = 0
 
 
 class Driver:
@@ -168,15 +72,12 @@ class Driver:
         stall_seconds: float = 300.0,
         on_step: Callable[[Status], None] | None = None,
     ) -> None:
-        pricer.check(budget.unit)
         self.engine, self.policy, self.budget, self.judge = engine, policy, budget, judge
+        self.cashier = Cashier(budget, pricer, engine, clock)
         self.ledger, self.pricer, self.base_brief, self.reward = ledger, pricer, brief, reward
         self.clock, self.stall_seconds, self.on_step = clock, stall_seconds, on_step
-        self.leased = budget.unit == "eflops" and engine.info.steerable
         self.status = Status()
-        self.overrun = 0.0
         self.interrupted = False
-        self.longest_step = 0.0
         self._run_account = Account(Meter(budget.amount)) if budget.scope == "run" else None
         self._flights: dict[int, Flight] = {}
         self._ready: list[tuple[int, int, int, Job]] = []
@@ -184,11 +85,6 @@ class Driver:
         self._ticket = self._pushes = 0
         self._stop = False
         self._done: deque[Result] = deque()
-        self._lengths: list[float] = [
-            0.0,
-            0.0,
-        ]  # sum and count of output tokens of branches that ended by themselves
-        self._costs: list[float] = [0.0, 0.0]  # the same for what they cost, in the budget's unit
         self._begun = 0.0
 
     # -- before anything runs ----------------------------------------------------------------------------------------------
@@ -217,7 +113,7 @@ class Driver:
             )  # fmt: skip
             account = self._run_account or Account(Meter(self.budget.amount))
             job = Job(order, problem, brief, prompt, account)
-            least = self._least(job)
+            least = self.cashier.least(job)
             least_sum, least_max = least_sum + least, max(least_max, least)
             if self._run_account is not None:
                 self._run_account.meter.hold(-1 - order, least)
@@ -227,23 +123,10 @@ class Driver:
             whole = "for one answer to each problem" if self._run_account is not None else "for one answer"
             raise BudgetTooSmall(
                 f"budget: {format_amount(self.budget.amount, self.budget.unit)} is too small {whole};"
-                f" give at least {_up(least, self.budget.unit)}",
+                f" give at least {rounded_up(least, self.budget.unit)}",
                 least,
             )
         return jobs, refused
-
-    def _least(self, job: Job) -> float:
-        return self._most(job, job.brief.request(job.problem, 0), 1)
-
-    def _most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
-        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens."""
-        tokens = thinking + self.engine.room_tokens
-        passes = self.engine.info.prompt_passes
-        prompt = job.prompt_tokens + len(request.prefix)  # a token has at least one character
-        done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
-        return self.pricer.most(
-            self.budget.unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
-        )
 
     # -- the loop ----------------------------------------------------------------------------------------------------------
     def run(self, problems: Sequence[Problem], *, jobs: Sequence[Job] | None = None) -> Iterator[Result]:
@@ -279,6 +162,11 @@ class Driver:
                 return
             self._turn()
 
+    @property
+    def overrun(self) -> float:
+        """The largest excess over the budget at the end of any of its scopes, in its unit: 0, or a defect."""
+        return self.cashier.overrun
+
     def stop(self) -> None:
         """End the run after the current step (safe in a signal handler)."""
         self._stop = True
@@ -291,7 +179,7 @@ class Driver:
             self._settle_lost("the engine stopped")
             raise
         now = self.clock()
-        self.longest_step = max(self.longest_step * 0.98, now - before)
+        self.cashier.longest_step = max(self.cashier.longest_step * 0.98, now - before)
         self._take(report, now)
         if self.budget.unit == "seconds":
             self._watch_clock(now)
@@ -370,7 +258,7 @@ class Driver:
     def _accept(self, job: Job, work: Generate) -> None:
         job.work, job.slots, job.arrived, job.cancelled = work, [None] * len(work.requests), [], False
         job.pending = deque(enumerate(work.requests))
-        price = sum(self._most(job, r, r.thinking_tokens) for r in work.requests)
+        price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.requests)
         self._decide(job, f"generate {len(work.requests)}", work.why, price)
         recorded = [
             (known[0], slot, known[1])
@@ -421,10 +309,10 @@ class Driver:
             meter.settle(
                 -1 - job.order, 0.0
             )  # what was set aside for this problem's first answer is its own to use
-        thinking = self._affordable(job, request, first)
+        thinking = self.cashier.affordable(job, request, first)
         if thinking is None and account.flights:
             if account is self._run_account and first:
-                meter.hold(-1 - job.order, self._least(job))
+                meter.hold(-1 - job.order, self.cashier.least(job))
             return False
         if thinking is None:
             self._deny(job)
@@ -433,56 +321,15 @@ class Driver:
         self._submit(job, slot, replace(request, thinking_tokens=thinking), Charge(), 0)
         return True
 
-    def _affordable(self, job: Job, request: Request, first: bool) -> int | None:
-        """The thinking cap that the budget can pay for now; None: nothing worth starting (or not yet).
-
-        The whole cap, or, where nothing is running that could free money, what fits: any length for a problem's first answer, and
-        for later ones no less than a typical branch needs, since a thought cut short seldom votes well.
-        """
-        meter, want = job.account.meter, request.thinking_tokens
-        if self.budget.unit == "seconds":
-            left = self._seconds_left(job)
-            return want if first or left > self._closing_seconds() + self._typical_cost(0.0) else None
-        if self.leased:
-            typical = self._typical_cost(0.0)
-            planned = sum(f.expected for f in self._flights.values() if f.job.account is job.account)
-            crowded = meter.spent + planned + typical > meter.limit
-            if meter.fits(self._most(job, request, min(LEASE, want))) and (first or not crowded):
-                return want
-        elif meter.fits(self._most(job, request, want)):
-            return want
-        if job.account.flights:
-            return None
-        fits = self._longest_that_fits(job, request, want)
-        enough = 1 if first else self._typical_tokens()
-        return fits if fits >= min(enough, want) else None
-
-    def _longest_that_fits(self, job: Job, request: Request, want: int) -> int:
-        low, high = 0, want
-        while low < high:
-            middle = (low + high + 1) // 2
-            if job.account.meter.fits(self._most(job, request, middle)):
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    def _typical_tokens(self) -> int:
-        total, count = self._lengths
-        return int(1.25 * total / count) if count else 1
-
-    def _typical_cost(self, default: float) -> float:
-        total, count = self._costs
-        return 1.25 * total / count if count else default
-
     def _submit(self, job: Job, slot: int, request: Request, carried: Charge, attempts: int) -> None:
         ticket = self._ticket = self._ticket + 1
         now = self.clock()
-        lease = min(LEASE, request.thinking_tokens) if self.leased else request.thinking_tokens
+        lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
         flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
-        flight.lease_end = lease if self.leased and lease < request.thinking_tokens else None
-        flight.expected = self._typical_cost(0.0)
-        job.account.meter.hold(ticket, self._most(job, request, lease))
+        flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
+        flight.expected = self.cashier.typical_cost(0.0)
+        job.account.planned += flight.expected
+        job.account.meter.hold(ticket, self.cashier.most(job, request, lease))
         if job.account.started is None:
             job.account.started = now
         job.account.flights += 1
@@ -496,7 +343,7 @@ class Driver:
         job, end, whole = flight.job, flight.lease_end or 0, flight.request.thinking_tokens
         for more in (LEASE, LEASE // 4, 1):
             target = min(end + more, whole)
-            if job.account.meter.hold(ticket, self._most(job, flight.request, target, flight)):
+            if job.account.meter.hold(ticket, self.cashier.most(job, flight.request, target, flight)):
                 flight.lease_end = target if target < whole else None
                 return
         flight.lease_end = None
@@ -526,6 +373,7 @@ class Driver:
             attempt = 0.0  # branches run side by side; the scope's clock counts
         job.account.meter.settle(ticket, attempt)
         job.account.flights -= 1
+        job.account.planned -= flight.expected
         job.flights.discard(ticket)
         self._unpark()
         retry = (
@@ -533,7 +381,9 @@ class Driver:
             and flight.attempts < RETRIES
             and not (job.cancelled or job.failed or self._stop)
         )
-        if retry and job.account.meter.fits(self._most(job, flight.request, flight.request.thinking_tokens)):
+        if retry and job.account.meter.fits(
+            self.cashier.most(job, flight.request, flight.request.thinking_tokens)
+        ):
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
         job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
@@ -541,15 +391,8 @@ class Driver:
         self.ledger.write_branch(
             branch, flight.request, interrupted=self._stop and completion.finish == "abort"
         )
-        self._learn(branch)
+        self.cashier.learn(branch)
         self._arrive(job, flight.slot, branch)
-
-    def _learn(self, branch: Branch) -> None:
-        if branch.finish == "stop" and not branch.completion.closed:
-            self._lengths[0] += branch.completion.output_tokens
-            self._lengths[1] += 1
-            self._costs[0] += spent_in(self.budget.unit, branch.charge)
-            self._costs[1] += 1
 
     def _branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
         problem = flight.job.problem
@@ -570,7 +413,7 @@ class Driver:
         if replayed:
             self._pay(job, branch.charge)
             job.started += 1
-            self._learn(branch)
+            self.cashier.learn(branch)
         if job.failed:
             if not job.flights:
                 self._close_failed(job)
@@ -688,19 +531,11 @@ class Driver:
             job.problem.id, answer, verdict, tuple(job.branches), charge, stop, job.brief.seed,
             votes=dict(votes), right=right, decisions=tuple(job.decisions), error=error,
         )  # fmt: skip
-        self._check_overrun(job)
+        self.cashier.check_overrun(job)
         self.judge.forget(job.problem)
         self.ledger.write_result(result)
         self._count(result)
         self._done.append(result)
-
-    def _check_overrun(self, job: Job) -> None:
-        if self.budget.unit != "seconds":
-            over = job.account.meter.spent - self.budget.amount
-        else:
-            over = self.clock() - (job.account.started or self.clock()) - self.budget.amount
-        if over > 1e-9 * self.budget.amount:
-            self.overrun = max(self.overrun, over)
 
     def _count(self, result: Result) -> None:
         status = self.status
@@ -727,20 +562,13 @@ class Driver:
         self.ledger.write_decision(decision)
 
     # -- time, stalls, interruption ----------------------------------------------------------------------------------------
-    def _seconds_left(self, job: Job) -> float:
-        started = job.account.started
-        return self.budget.amount - (self.clock() - started if started is not None else 0.0)
-
-    def _closing_seconds(self) -> float:
-        return (self.engine.room_tokens + 1) * self.longest_step
-
     def _watch_clock(self, now: float) -> None:
         late: list[int] = []
         for ticket, flight in self._flights.items():
-            left = self._seconds_left(flight.job)
-            if left <= self.longest_step:
+            left = self.cashier.seconds_left(flight.job)
+            if left <= self.cashier.longest_step:
                 late.append(ticket)
-            elif left <= self._closing_seconds() and not flight.closing:
+            elif left <= self.cashier.closing_seconds() and not flight.closing:
                 flight.closing = True
                 self.engine.steer(ticket, "close")
         if late:
@@ -787,16 +615,3 @@ class Driver:
             )
             self.ledger.write_branch(self._branch(flight, lost, charge), flight.request, interrupted=True)
         self._flights.clear()
-
-
-def _up(amount: float, unit: str) -> str:
-    """An amount rounded up to three figures, so that what is advised really does."""
-    if unit == "tokens":
-        return f"{int(-(-amount // 1))} tokens"
-    from math import ceil, floor, log10
-
-    scale = 10 ** (floor(log10(amount)) - 2) if amount > 0 else 1.0
-    return format_amount(ceil(amount / scale * (1 - 1e-12)) * scale, unit)
-
-
-__all__ = ["Driver", "InputError", "Judge", "Policy", "RewardModel", "Status"]

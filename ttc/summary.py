@@ -19,7 +19,8 @@ def wilson(right: int, count: int) -> Interval:
     p, z2 = right / count, Z95 * Z95
     centre = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    low = 0.0 if right == 0 else max(0.0, centre - half)
+    return Interval(low, 1.0 if right == count else min(1.0, centre + half))
 
 
 def spent_json(charge: Charge, seconds: float) -> dict[str, float]:

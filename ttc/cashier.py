@@ -1,0 +1,119 @@
+"""What a run can afford: prices requests for the driver, and keeps what has been learnt of lengths and costs.
+
+Owns the rules by which a branch is started, shortened, postponed or refused under a budget; moves no work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, floor, log10
+
+from ttc.budget import Budget, format_amount
+from ttc.engine.protocol import Engine
+from ttc.jobs import Flight, Job
+from ttc.pricing import Pricer, spent_in
+from ttc.types import Branch, Request
+
+LEASE = 32
+"""Tokens of thinking that an eFLOPs lease is extended by."""
+
+
+class Cashier:
+    """Prices in the budget's unit. ``overrun`` is the largest excess seen at the end of any scope (0 is the promise)."""
+
+    def __init__(self, budget: Budget, pricer: Pricer, engine: Engine, clock: Callable[[], float]) -> None:
+        pricer.check(budget.unit)
+        self.budget, self.pricer, self.engine, self.clock = budget, pricer, engine, clock
+        self.leased = budget.unit == "eflops" and engine.info.steerable
+        self.overrun = 0.0
+        self.longest_step = 0.0
+        self._lengths: list[float] = [
+            0.0,
+            0.0,
+        ]  # sum and count of output tokens of branches that ended by themselves
+        self._costs: list[float] = [0.0, 0.0]  # the same for what they cost, in the budget's unit
+
+    def least(self, job: Job) -> float:
+        return self.most(job, job.brief.request(job.problem, 0), 1)
+
+    def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
+        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens."""
+        tokens = thinking + self.engine.room_tokens
+        passes = self.engine.info.prompt_passes
+        prompt = job.prompt_tokens + len(request.prefix)  # a token has at least one character
+        done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
+        return self.pricer.most(
+            self.budget.unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
+        )
+
+    def affordable(self, job: Job, request: Request, first: bool) -> int | None:
+        """The thinking cap that the budget can pay for now; None: nothing worth starting (or not yet).
+
+        The whole cap, or, where nothing is running that could free money, what fits: any length for a problem's first answer, and
+        for later ones no less than a typical branch needs, since a thought cut short seldom votes well.
+        """
+        meter, want = job.account.meter, request.thinking_tokens
+        if self.budget.unit == "seconds":
+            left = self.seconds_left(job)
+            return want if first or left > self.closing_seconds() + self.typical_cost(0.0) else None
+        if self.leased:
+            typical = self.typical_cost(0.0)
+            crowded = meter.spent + job.account.planned + typical > meter.limit
+            if meter.fits(self.most(job, request, min(LEASE, want))) and (first or not crowded):
+                return want
+        elif meter.fits(self.most(job, request, want)):
+            return want
+        if job.account.flights:
+            return None
+        fits = self._longest_that_fits(job, request, want)
+        enough = 1 if first else self._typical_tokens()
+        return fits if fits >= min(enough, want) else None
+
+    def _longest_that_fits(self, job: Job, request: Request, want: int) -> int:
+        low, high = 0, want
+        while low < high:
+            middle = (low + high + 1) // 2
+            if job.account.meter.fits(self.most(job, request, middle)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _typical_tokens(self) -> int:
+        total, count = self._lengths
+        return int(1.25 * total / count) if count else 1
+
+    def typical_cost(self, default: float) -> float:
+        total, count = self._costs
+        return 1.25 * total / count if count else default
+
+    def learn(self, branch: Branch) -> None:
+        if branch.finish == "stop" and not branch.completion.closed:
+            self._lengths[0] += branch.completion.output_tokens
+            self._lengths[1] += 1
+            self._costs[0] += spent_in(self.budget.unit, branch.charge)
+            self._costs[1] += 1
+
+    def seconds_left(self, job: Job) -> float:
+        started = job.account.started
+        return self.budget.amount - (self.clock() - started if started is not None else 0.0)
+
+    def closing_seconds(self) -> float:
+        return (self.engine.room_tokens + 1) * self.longest_step
+
+    def check_overrun(self, job: Job) -> None:
+        if self.budget.unit != "seconds":
+            over = job.account.meter.spent - self.budget.amount
+        else:
+            over = self.clock() - (job.account.started or self.clock()) - self.budget.amount
+        if over > 1e-9 * self.budget.amount:
+            self.overrun = max(self.overrun, over)
+
+
+def rounded_up(amount: float, unit: str) -> str:
+    """An amount rounded up to three figures, so that what is advised really does."""
+    if unit == "tokens":
+        return f"{int(-(-amount // 1))} tokens"
+
+    scale = 10 ** (floor(log10(amount)) - 2) if amount > 0 else 1.0
+    return format_amount(ceil(amount / scale * (1 - 1e-12)) * scale, unit)

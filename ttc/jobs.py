@@ -1,0 +1,109 @@
+"""What the driver keeps of a run: problems on their way, requests in flight, accounts; and the seams it is given.
+
+Plain state. ``ttc.driver`` moves it, ``ttc.cashier`` prices it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ttc.budget import Meter
+from ttc.types import Branch, Brief, Charge, Decision, Generate, Problem, Request, Routine, Verdict
+
+
+class Policy(Protocol):
+    """A frozen, picklable value: what to buy for a budget."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, problem: Problem, brief: Brief) -> Routine: ...
+
+
+class Judge(Protocol):
+    """What the driver needs to know of answers: extraction, equality, verdict (``ttc.verify.Jury``)."""
+
+    def answer(self, problem: Problem, text: str) -> str | None: ...
+    def vote(self, problem: Problem, answer: str) -> str: ...
+    def verdict(self, problem: Problem, answer: str | None) -> Verdict | None: ...
+    def forget(self, problem: Problem) -> None: ...
+
+
+class RewardModel(Protocol):
+    """Scores answers for best-of-n and its kin; ``tokens`` says beforehand how many tokens that will read."""
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int: ...
+    def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]: ...
+
+
+@dataclass(slots=True)
+class Account:
+    """A budget scope at run time: its meter, its clock, the flights that may still give something back, and what those are
+    expected (not bounded) to cost in all."""
+
+    meter: Meter
+    started: float | None = None
+    flights: int = 0
+    planned: float = 0.0
+
+
+@dataclass(slots=True)
+class Job:
+    """One problem on its way."""
+
+    order: int
+    problem: Problem
+    brief: Brief
+    prompt_tokens: int
+    account: Account
+    routine: Routine | None = None
+    work: Generate | None = None
+    pending: deque[tuple[int, Request]] = field(default_factory=deque)
+    slots: list[Branch | None] = field(default_factory=list)
+    arrived: list[Branch] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    charge: Charge = Charge()
+    shared_eflops: list[float] = field(default_factory=list)
+    started: int = 0
+    flights: set[int] = field(default_factory=set)
+    cancelled: bool = False
+    denied: bool = False
+    failed: str = ""
+
+
+@dataclass(slots=True)
+class Flight:
+    """One request inside the engine."""
+
+    job: Job
+    slot: int
+    request: Request
+    submitted: float
+    tokens: int = 0
+    reads: float = 0.0
+    lease_end: int | None = None
+    moved: float = 0.0
+    attempts: int = 0
+    carried: Charge = Charge()
+    expected: float = 0.0
+    closing: bool = False
+
+
+@dataclass(slots=True)
+class Status:
+    """Where a run is; read by the progress display after each step."""
+
+    problems: int = 0
+    done: int = 0
+    failed: int = 0
+    scored: int = 0
+    correct: int = 0
+    running: int = 0
+    samples: int = 0
+    charge: Charge = Charge()
+    seconds: float = 0.0
+    running_tokens: int = 0
