@@ -258,6 +258,8 @@ def frontier(
     tariff = _tariff(hardware, intensity, prompt_tokens, batch, kv_method, kv_block, profile, usd_per_hour)
     loaded = _load(data, model or [], tariff, task, rule)
     points = loaded.points
+    wanted = {shape_of(m).name for m in model or []}
+    points = [p for p in points if not wanted or p.model in wanted]
     if kv_budget is not None:
         points = [p for p in points if p.kv_budget == kv_budget]
     if not points:
@@ -490,8 +492,10 @@ def _show_frontier(
     clean = pareto(points, axis(tariff, unit, convention), gain=GAIN)
     stdout.print(terminal(points, clean, axis(tariff, unit, convention), f"{unit} ({convention})"))
     _table([("", p) for p in clean], tariff)
-    where = "; ".join(f"{b['model']} {b['accuracy'][0]:.2f}-{b['accuracy'][1]:.2f}" for b in result["bands"])
-    stdout.print(f"Who rules at which accuracy: {where}.")
+    where = "; ".join(
+        f"{b['model']} to {b['accuracy'][1]:.2f} ({_si(b['cost'][1])})" for b in result["bands"]
+    )
+    stdout.print(f"Who rules up to which accuracy and cost: {where}.")
     stdout.print(
         f"Model-size threshold: {result['threshold_model']} (by FLOPs: {result['threshold_model_by_flops']})."
     )
@@ -508,6 +512,9 @@ def _show_frontier(
         ]
         if words:
             stdout.print(f"When the cost doubles, {name}: {', '.join(words)}.")
+    for row in result["kv_budgets"]:
+        change = f"{100 * row['accuracy_change']:+.1f} points"
+        stdout.print(f"KV {row['kv_budget']} on {row['model']}: {row['cheaper']:.2f}x cheaper, {change}.")
     for row in result.get("allocation", []):
         stdout.print(
             f"{row['grid']}, limit {_si(row['limit'])}eFLOPs: {row['procedure']}: {row['accuracy']:.3f}"

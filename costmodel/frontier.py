@@ -80,29 +80,55 @@ def pareto(points: Sequence[Point], cost: Axis, *, gain: float = 0.0) -> list[Po
     return front
 
 
-def bands(front: Sequence[Point], cost: Axis) -> list[Band]:
-    """The frontier cut where the ruling model changes."""
-    found: list[Band] = []
-    for point in front:
-        a, c = accuracy_of(point), cost(point)
-        if found and found[-1].model == point.model:
-            last = found[-1]
-            found[-1] = Band(last.model, last.accuracy_low, a, last.cost_low, c)
+def bands(points: Sequence[Point], cost: Axis, *, steps: int = 400, least: float = 0.02) -> list[Band]:
+    """Which model rules at which cost: the model whose own frontier is highest there.
+
+    Each model's frontier is interpolated over log cost, because measured lengths lie on a grid and
+    neighbouring models would else alternate by where their grid points fall. Bands narrower than ``least``
+    of the cost range (in log) join the next.
+    """
+    fronts = {m: pareto([p for p in points if p.model == m], cost) for m in sorted({p.model for p in points})}
+    curves = {
+        m: (np.array([cost(p) for p in front]), np.array([accuracy_of(p) for p in front]))
+        for m, front in fronts.items()
+        if front
+    }
+    if not curves:
+        return []
+    low, high = min(c[0] for c, _ in curves.values()), max(c[-1] for c, _ in curves.values())
+    grid = np.geomspace(low, max(high, low * (1 + 1e-9)), steps)
+    names = sorted(curves, key=lambda m: min(p.params for p in fronts[m]))
+    height = np.stack(
+        [np.interp(np.log(grid), np.log(c), a, left=-1.0) for c, a in (curves[m] for m in names)]
+    )
+    ruler = height.argmax(axis=0)  # of equals the smallest model
+    runs = [[int(ruler[0]), 0, 0]]
+    for k, r in enumerate(ruler):
+        if r == runs[-1][0]:
+            runs[-1][2] = k
         else:
-            found.append(Band(point.model, a, a, c, c))
-    return found
+            runs.append([int(r), k, k])
+    kept: list[list[int]] = []
+    for run in runs:
+        wide = run[2] - run[1] + 1 >= least * steps
+        if kept and (kept[-1][0] == run[0] or not wide):
+            kept[-1][2] = run[2]
+        else:
+            kept.append(run)
+    top = height.max(axis=0)
+    return [Band(names[m], float(top[i]), float(top[j]), float(grid[i]), float(grid[j])) for m, i, j in kept]
 
 
-def threshold(front: Sequence[Point], *, share: float = 0.5) -> str | None:
-    """The model-size threshold: the smallest model of the frontier from ``share`` of its best accuracy
-    upwards.
+def threshold(ruled: Sequence[Band], params: dict[str, int], *, share: float = 0.5) -> str | None:
+    """The model-size threshold: the smallest model with a band that reaches beyond ``share`` of the best
+    accuracy.
 
     Below it money is better spent on a larger model than on longer or more chains (Kinetics section 3).
     """
-    if not front:
+    if not ruled:
         return None
-    useful = [p for p in front if accuracy_of(p) >= share * accuracy_of(front[-1])]
-    return min(useful, key=lambda p: p.params).model
+    useful = [b.model for b in ruled if b.accuracy_high > share * ruled[-1].accuracy_high]
+    return min(useful, key=lambda m: params[m])
 
 
 def overpay(points: Sequence[Point], cost: Axis, flops: Axis, *, levels: int = 40) -> list[Overpay]:
@@ -195,6 +221,26 @@ def _resampled(
     return float(low), float(high)
 
 
+def kv_savings(points: Sequence[Point], cost: Axis) -> list[dict[str, Any]]:
+    """What each KV budget buys: uncut single chains of a model against the same chains dense."""
+    rows = []
+    uncut = [p for p in points if p.samples == 1 and p.sampler == "single" and p.thinking_tokens is not None]
+    for dense in (p for p in uncut if p.kv_budget is None):
+        for sparse in uncut:
+            if sparse.kv_budget is not None and (sparse.model, sparse.task) == (dense.model, dense.task):
+                change = accuracy_of(sparse) - accuracy_of(dense)
+                ratio = cost(dense) / cost(sparse)
+                rows.append(
+                    {
+                        "model": dense.model,
+                        "kv_budget": sparse.kv_budget,
+                        "cheaper": ratio,
+                        "accuracy_change": change,
+                    }
+                )
+    return rows
+
+
 def report(
     points: Sequence[Point], tariff: Tariff, *, unit: str = "eflops", convention: str = "kinetics"
 ) -> dict[str, Any]:
@@ -203,7 +249,9 @@ def report(
     front = pareto(points, cost)
     paid = overpay(points, cost, flops)
     worst = max(paid, key=lambda o: o.ratio, default=None)
-    models = sorted({p.model for p in points})
+    ruled, ruled_by_flops = bands(points, cost), bands(points, flops)
+    params = {p.model: p.params for p in points}
+    models = sorted(params)
     exponents = {
         m: [
             {
@@ -227,11 +275,12 @@ def report(
         "batch": tariff.batch,
         "points": [p.to_json(tariff) for p in points],
         "pareto": [p.to_json(tariff) for p in front],
-        "bands": [_band_json(b) for b in bands(pareto(points, cost, gain=GAIN), cost)],
-        "bands_by_flops": [_band_json(b) for b in bands(pareto(points, flops, gain=GAIN), flops)],
-        "threshold_model": threshold(front),
-        "threshold_model_by_flops": threshold(pareto(points, flops)),
+        "bands": [_band_json(b) for b in ruled],
+        "bands_by_flops": [_band_json(b) for b in ruled_by_flops],
+        "threshold_model": threshold(ruled, params),
+        "threshold_model_by_flops": threshold(ruled_by_flops, params),
         "exponents": exponents,
+        "kv_budgets": kv_savings(points, cost),
         "flops_only": None
         if worst is None
         else {

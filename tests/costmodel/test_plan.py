@@ -78,14 +78,19 @@ def test_bands_threshold_and_overpay() -> None:
     ]
     large = [_point(c, a, "large", flops=c, params=9) for c, a in ((20, 0.35), (50, 0.6), (200, 0.8))]
     points, cost, flops = small + large, axis(TARIFF, "tokens"), axis(TARIFF, "flops", "kinetics")
-    front = pareto(points, cost)
-    assert [(b.model, b.accuracy_high) for b in bands(front, cost)] == [("small", 0.3), ("large", 0.8)]
-    assert threshold(front) == "large"
+    ruled = bands(points, cost)
+    assert [b.model for b in ruled] == ["small", "large"]
+    assert ruled[0].accuracy_high == pytest.approx(0.3, abs=0.05)
+    assert (ruled[-1].accuracy_high, ruled[-1].cost_high) == pytest.approx((0.8, 1000))
+    params = {"small": 1, "large": 9}
+    assert threshold(ruled, params) == "large"
+    assert threshold(ruled, params, share=0.1) == "small"
     worst = max(overpay(points, cost, flops), key=lambda o: o.ratio)
     assert worst.ratio == pytest.approx(
         5.0
     )  # 0.4: the small model's FLOPs, 10, against the large one's price, 20
-    assert threshold([]) is None
+    assert threshold([], {}) is None
+    assert bands([], cost) == []
 
 
 def test_growth_recovers_a_power_law() -> None:
