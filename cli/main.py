@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from ttc.cli import info, measure, solve
+from ttc.cli import costs, info, measure, solve
 from ttc.errors import InputError, TTCError
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
@@ -26,6 +26,10 @@ app = typer.Typer(
 )
 app.command("solve")(solve.solve)
 app.command("demo")(solve.demo)
+app.command("plan")(costs.plan)
+app.command("cost")(costs.cost)
+app.command("frontier")(costs.frontier)
+app.command("calibrate")(costs.calibrate)
 app.command("models")(info.models)
 app.command("doctor")(info.doctor)
 app.add_typer(measure.app, name="bench")

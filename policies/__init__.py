@@ -46,9 +46,8 @@ def parse(text: str) -> Policy:
 
 def describe(policy: Policy) -> str:
     """The policy as ``parse`` would read it: its name and every option, for run.json."""
-    if not dataclasses.is_dataclass(policy):
-        return policy.name
-    options = "&".join(f"{f.name}={getattr(policy, f.name)}" for f in dataclasses.fields(policy))
+    fields = getattr(policy, "__dataclass_fields__", {})
+    options = "&".join(f"{name}={getattr(policy, name)}" for name in fields)
     return f"{policy.name}?{options}" if options else policy.name
 
 
