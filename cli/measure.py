@@ -27,6 +27,6 @@ def overhead(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Tokens a second of self-consistency through ttc over those of bare vLLM, for the same prompts and lengths."""
-    from ttc.bench import overhead as measured
+    from ttc.bench.overhead import main
 
-    measured.main(model=model, problems=problems, samples=samples, rounds=rounds, http=http, as_json=as_json)
+    main(model=model, problems=problems, samples=samples, rounds=rounds, http=http, as_json=as_json)

@@ -67,7 +67,7 @@ class VLLMEngine:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
         self.files: ModelFiles = load_model_files(model)
-        self._vllm = _import_vllm()
+        self._vllm = import_vllm()
         self._stats = _Stats()
         self._llm = self._start(concurrency, context, dtype, engine_args or {})
         self._tokenizer: Any = self._llm.get_tokenizer()
@@ -325,7 +325,8 @@ class _Stats:
     def record_sleep_state(self, is_awake: int = 0, level: int = 0) -> None: ...
 
 
-def _import_vllm() -> Any:
+def import_vllm() -> Any:
+    """vLLM, imported quietly and set up for one process. Raises EngineError if it is not installed."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(

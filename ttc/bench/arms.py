@@ -1,0 +1,172 @@
+"""The arms of ``ttc bench overhead``, each in a process of its own: ``python -m ttc.bench.arms KIND JSON``.
+
+An arm prints a line when it is ready, then does the job once for each line on its standard input and prints what it took. All do
+the same job: ``samples`` samples of each of ``problems`` problems with the embedded reasoner, ``concurrency`` in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ttc.types import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every arm has to do; ``url`` is the server of the arms that need one."""
+
+    model: str
+    task: str
+    problems: int
+    samples: int
+    concurrency: int
+    thinking_tokens: int
+    url: str = ""
+
+    def load(self) -> list[Problem]:
+        from ttc.problems import from_task
+
+        return from_task(self.task, self.problems, 0)
+
+
+Work = Callable[[int], int]
+"""(round) -> output tokens, -1 where only the server can count them."""
+
+
+def ours(job: Job) -> Work:
+    """Self-consistency through ttc: in process, or through the server if the job has one. Votes, verdicts and the ledger on."""
+    from ttc.api import Run, Settings, start_engine
+
+    options: dict[str, Any] = {"concurrency": job.concurrency}
+    engine = start_engine(job.model, f"openai:{job.url}" if job.url else "vllm", **options)
+    problems = job.load()
+
+    def work(turn: int) -> int:
+        settings = Settings(
+            policy=f"self-consistency?n={job.samples}",
+            budget="1G tokens",
+            seed=turn,
+            max_thinking_tokens=job.thinking_tokens,
+        )
+        run = Run(problems, engine, settings)
+        for _ in run.results():
+            pass
+        return run.status.charge.tokens
+
+    return work
+
+
+def bare(job: Job, *, serial: bool = False) -> Work:
+    """``vllm.LLM.generate``, n samples a prompt: all prompts in one call, or (``serial``) one problem at a time."""
+    from ttc.engine.model import load_model_files
+    from ttc.engine.vllm import import_vllm
+
+    vllm = import_vllm()
+    files = load_model_files(job.model)
+    llm = vllm.LLM(
+        files.path, max_num_seqs=job.concurrency, enable_prefix_caching=True, enforce_eager=True, max_model_len=files.context,
+        generation_config="vllm", enable_chunked_prefill=False, max_num_batched_tokens=max(files.context, 8192),
+        use_tqdm_on_load=False,
+    )  # fmt: skip
+    tokenizer = llm.get_tokenizer()
+
+    def rendered(problem: Problem) -> list[int]:
+        messages = [dict(message) for message in problem.messages]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    prompts = [{"prompt_token_ids": rendered(problem)} for problem in job.load()]
+    params = vllm.SamplingParams(
+        n=job.samples,
+        temperature=files.sampling.temperature,
+        top_p=files.sampling.top_p,
+        max_tokens=job.thinking_tokens + 32,
+    )
+
+    def work(turn: int) -> int:
+        calls = [[p] for p in prompts] if serial else [prompts]
+        outputs = [o for call in calls for o in llm.generate(call, params, use_tqdm=False)]
+        return sum(len(c.token_ids) for o in outputs for c in o.outputs)
+
+    return work
+
+
+def client(job: Job) -> Work:
+    """A plain asyncio client of the server: one chat request a sample, ``concurrency`` at once, no streaming."""
+    import httpx
+
+    problems = job.load()
+
+    async def one(http: httpx.AsyncClient, gate: asyncio.Semaphore, problem: Problem) -> int:
+        body = {
+            "model": job.model, "messages": [dict(m) for m in problem.messages], "temperature": 1.0,
+            "max_tokens": job.thinking_tokens + 32,
+        }  # fmt: skip
+        async with gate:
+            reply = await http.post(f"{job.url}/v1/chat/completions", json=body)
+        return int(reply.raise_for_status().json()["usage"]["completion_tokens"])
+
+    async def everything() -> int:
+        limits = httpx.Limits(max_connections=job.concurrency, max_keepalive_connections=job.concurrency)
+        gate = asyncio.Semaphore(job.concurrency)
+        async with httpx.AsyncClient(limits=limits, timeout=600) as http:
+            return sum(
+                await asyncio.gather(*(one(http, gate, p) for p in problems for _ in range(job.samples)))
+            )
+
+    return lambda turn: asyncio.run(everything())
+
+
+def its_hub(job: Job) -> Work:
+    """its_hub's SelfConsistency, as its documentation uses it: problem after problem."""
+    from its_hub import SelfConsistency
+    from its_hub.core.lms.openai_lm import OpenAICompatibleLanguageModel
+
+    model = OpenAICompatibleLanguageModel(
+        endpoint=f"{job.url}/v1",
+        api_key="none",
+        model_name=job.model,
+        temperature=1.0,
+        max_tokens=job.thinking_tokens + 32,
+    )
+    algorithm = SelfConsistency(lambda text: text.split("</think>")[-1].strip())
+    problems = job.load()
+
+    def work(turn: int) -> int:
+        for problem in problems:
+            algorithm.infer(model, problem.text, budget=job.samples)
+        return -1
+
+    return work
+
+
+ARMS: dict[str, Callable[[Job], Work]] = {
+    "ttc": ours,
+    "bare": bare,
+    "bare-serial": lambda job: bare(job, serial=True),
+    "client": client,
+    "its_hub": its_hub,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    kind, config = arguments
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not reach the parent's protocol
+    work = ARMS[kind](Job(**json.loads(config)))
+    print(json.dumps({"ready": kind}), file=out, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        tokens = work(int(line))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_bytes": peak}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
