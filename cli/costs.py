@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -204,7 +204,15 @@ def plan(
         name = min(least, key=lambda s: least[s])
         words = f"the least is {least[name]:.3g} {limit.unit} ({name})"
         raise BudgetTooSmall(f"budget {limit} buys no chain of 250 tokens; {words}", least[name])
-    made = choose(points, limit.amount, limit.unit, tariff, convention=convention, fits=fits)
+    made = choose(
+        points,
+        limit.amount,
+        limit.unit,
+        tariff,
+        convention=convention,
+        fits=fits,
+        silent=[s.name for s in unknown],
+    )
     if plot is not None:
         from ttc.cli.pictures import draw
 
@@ -302,6 +310,10 @@ def calibrate(
     ] = "",
     kv_block: KvBlock = None,
     kv_method: KvMethod = None,
+    statistic: Annotated[
+        str,
+        typer.Option(help="What stands for repeats: median, or quiet (10th percentile) on a shared machine."),
+    ] = "median",
     rounds: Annotated[int, typer.Option(help="Visits to every point, in a new order each time.")] = 5,
     repeats: Annotated[int, typer.Option(help="Steps timed at a visit.")] = 9,
     out: Annotated[Path | None, typer.Option("--out", help="Write the profile to this JSON file.")] = None,
@@ -312,8 +324,10 @@ def calibrate(
     import sys
     import tempfile
 
-    from ttc.costmodel.calibrate import design, fit, measure
+    from ttc.costmodel.calibrate import Statistic, design, fit, measure
 
+    if statistic not in ("median", "quiet"):
+        raise InputError(f"--statistic {statistic}: use median or quiet")
     if engine != "vllm":
         raise InputError(
             f"--engine {engine}: only vllm can be calibrated; a remote engine's steps cannot be timed"
@@ -350,15 +364,11 @@ def calibrate(
             running.close()
     if not quiet:
         print(file=sys.stderr)
-    identity = running.info.identity
-    profile = fit(
-        shape,
-        rows,
-        kv_block=kv_block,
-        kv_method=kv_method,
-        machine=_machine(),
-        versions={"vllm": identity["vllm"]},
-    )
+    facts: dict[str, Any] = {"machine": _machine(), "versions": {"vllm": running.info.identity["vllm"]}}
+    facts |= {"kv_block": kv_block, "kv_method": kv_method}
+    kinds: tuple[Statistic, ...] = get_args(Statistic)
+    both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}
+    profile = next(p for kind, p in both.items() if kind == statistic)
     name = f"{shape.name} (random weights)" if random_weights else running.info.model
     profile = replace(profile, model=name)
     if out is not None:
@@ -369,6 +379,10 @@ def calibrate(
     terms = {name: getattr(profile.terms, name) for name in profile.terms.__slots__}
     if as_json:
         summary = {"model": profile.model, "terms": terms, "held_out": errors, "noise": profile.noise}
+        summary |= {"statistic": statistic}
+        summary["held_out_by_statistic"] = {
+            k: {name: getattr(p.held_out, name) for name in p.held_out.__slots__} for k, p in both.items()
+        }
         summary |= {
             "points": list(profile.measurements),
             "vllm_counters": compared,
@@ -378,7 +392,10 @@ def calibrate(
         return
     from ttc.cli.render import stdout
 
-    stdout.print(f"{profile.model}: {profile.held_out.words()}; noise of repeats {profile.noise:.0%}")
+    stdout.print(f"{profile.model}: noise of repeats {profile.noise:.0%}", soft_wrap=True)
+    for kind, fitted in both.items():
+        kept = " (kept)" if kind == statistic else ""
+        stdout.print(f"  fit of the {kind}: {fitted.held_out.words()}{kept}", soft_wrap=True)
     for name, value in terms.items():
         stdout.print(f"  {name:26} {value:.3g}")
     for row in compared:

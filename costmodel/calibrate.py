@@ -23,6 +23,7 @@ from ttc.errors import InputError
 
 Phase = Literal["decode", "prefill"]
 Role = Literal["fit", "inside", "beyond"]
+Statistic = Literal["median", "quiet"]
 
 
 class Stepper(Protocol):
@@ -59,6 +60,11 @@ class Measurement:
     @property
     def median(self) -> float:
         return float(np.median(self.seconds))
+
+    def typical(self, statistic: Statistic) -> float:
+        """The median of the repeats, or ("quiet") their 10th percentile: what a step takes when nothing
+        disturbs it."""
+        return self.median if statistic == "median" else float(np.percentile(self.seconds, 10))
 
     @property
     def spread(self) -> float:
@@ -133,8 +139,13 @@ def fit(
     kv_method: str | None = None,
     machine: Mapping[str, str] | None = None,
     versions: Mapping[str, str] | None = None,
+    statistic: Statistic = "median",
 ) -> Profile:
     """Measurements to a profile; raises InputError when there are too few to fit.
+
+    ``statistic`` says what stands for a point: the median of its repeats, or "quiet", their 10th
+    percentile, where other work shares the machine. Errors are against the same statistic of the points
+    held out.
 
     With one dense model a step's fixed part and its weights are constants of the same column, and so are a
     sequence's overhead and its FLOPs: only the sums are identified. They are split by what the other phase
@@ -145,8 +156,10 @@ def fit(
     prefill = [m for m in measurements if m.cell.phase == "prefill"]
     if sum(m.cell.role == "fit" for m in decode) < 4 or sum(m.cell.role == "fit" for m in prefill) < 2:
         raise InputError("calibration: too few points to fit; measure at least 4 decode and 2 prefill points")
-    step, sequence, kv_rate, search_rate = _solve(_decode_rows(shape, decode, kv_block, kv_method), decode)
-    start, linear_rate, pair_rate = _solve(_prefill_rows(shape, prefill), prefill)
+    step, sequence, kv_rate, search_rate = _solve(
+        _decode_rows(shape, decode, kv_block, kv_method), decode, statistic
+    )
+    start, linear_rate, pair_rate = _solve(_prefill_rows(shape, prefill), prefill, statistic)
     weights = float(shape.step_weight_bytes(1.0))
     weight_rate = min(step, start, weights * kv_rate) / weights
     flop_rate = min(sequence, shape.token_flops * linear_rate) / shape.token_flops
@@ -163,7 +176,7 @@ def fit(
     )
     blank = HeldOut(math.nan, math.nan, math.nan, math.nan, math.nan)
     draft = Profile(shape.name, terms, blank, 0.0, kv_block, kv_method)
-    rows = tuple(_row(shape, draft, m) for m in measurements)
+    rows = tuple(_row(shape, draft, m, statistic) for m in measurements)
     return Profile(
         model=shape.name,
         terms=terms,
@@ -173,6 +186,7 @@ def fit(
         kv_method=kv_method,
         machine=dict(machine or {}),
         versions=dict(versions or {}),
+        statistic=statistic,
         split="fixed/weights and sequence/FLOPs are identified as sums; split at the KV and prefill rates",
         measurements=rows,
     )
@@ -199,10 +213,10 @@ def _prefill_rows(shape: ModelShape, points: Sequence[Measurement]) -> Floats:
     return np.array([[1.0, *prefill_flops(shape, m.cell.context)] for m in points])
 
 
-def _solve(columns: Floats, points: Sequence[Measurement]) -> list[float]:
+def _solve(columns: Floats, points: Sequence[Measurement], statistic: Statistic) -> list[float]:
     """Non-negative coefficients that minimise relative errors of the fitted points, Huber-weighted."""
     use = np.array([m.cell.role == "fit" for m in points])
-    target = np.array([m.median for m in points])[use]
+    target = np.array([m.typical(statistic) for m in points])[use]
     scaled = columns[use] / target[:, None]
     weight = np.ones(target.size)
     best = np.zeros(columns.shape[1])
@@ -234,11 +248,17 @@ def _nonnegative(matrix: Floats, target: Floats) -> Floats:
     return best
 
 
-def _row(shape: ModelShape, profile: Profile, m: Measurement) -> dict[str, Any]:
+def _row(shape: ModelShape, profile: Profile, m: Measurement, statistic: Statistic) -> dict[str, Any]:
     predicted = predict(shape, profile, m.cell)
     row: dict[str, Any] = asdict(m.cell)
-    row |= {"seconds": m.median, "spread": m.spread, "repeats": len(m.seconds), "predicted": predicted}
-    return row | {"error": predicted / m.median - 1.0}
+    seconds = m.typical(statistic)
+    row |= {
+        "seconds": seconds,
+        "spread": m.spread,
+        "predicted": predicted,
+        "error": predicted / seconds - 1.0,
+    }
+    return row | {"repeats": [round(s, 7) for s in m.seconds]}
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> HeldOut:

@@ -16,6 +16,7 @@ from ttc.costmodel.points import LENGTH_GRID, Point, Tariff
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import BudgetTooSmall, InputError
 
+TOLERANCE = 0.005  # accuracies closer than this are equal: no source here resolves half a point
 REFERENCE_TOKENS = 8000  # the chain that a plan on cost alone wants to afford
 LADDER = (1, 3, 10, 30, 100, 300, 1000)
 
@@ -84,9 +85,10 @@ def plan(
     convention: str = "full",
     fits: str = "mean",
     runners: int = 5,
+    silent: Sequence[str] = (),
 ) -> Plan:
-    """The most accurate point within the budget (the cheaper of equals), with its runners-up and the
-    frontier.
+    """The most accurate point within the budget (the cheapest of those within half a point), with its
+    runners-up and the frontier. ``silent`` names models that were asked for and have no point, for the notes.
 
     Raises BudgetTooSmall, with the least budget that would do, where nothing is affordable; InputError for
     a bad budget.
@@ -125,7 +127,7 @@ def plan(
         frontier=tuple(frontier),
         flops_only=_flops_only(known, best, cost, flops),
         ladder=tuple(_ladder(candidates, budget, cost)),
-        notes=tuple(_notes(points, best, fits)),
+        notes=tuple(_notes(points, best, fits, silent)),
     )
 
 
@@ -170,7 +172,8 @@ def _best(points: Sequence[Point], cost: Any) -> Point:
     """By accuracy, then by price. On cost alone: the largest model that affords the reference chain, then
     more samples."""
     if points[0].accuracy is not None:
-        return min(points, key=lambda p: (-accuracy_of(p), cost(p)))
+        top = max(accuracy_of(p) for p in points)
+        return min((p for p in points if accuracy_of(p) >= top - TOLERANCE), key=cost)
     reach = max(min(p.thinking_tokens or 0.0, REFERENCE_TOKENS) for p in points)
     able = [p for p in points if (p.thinking_tokens or 0.0) >= reach]
     return min(able, key=lambda p: (-p.params, abs((p.thinking_tokens or 0.0) - reach)))
@@ -201,7 +204,7 @@ def _runners(affordable: Sequence[Point], best: Point, cost: Any) -> list[Point]
 def _flops_only(known: Sequence[Point], best: Point, cost: Any, flops: Any) -> FlopsOnly | None:
     if best.accuracy is None:
         return None
-    good = [p for p in known if accuracy_of(p) >= accuracy_of(best) - 1e-12]
+    good = [p for p in known if accuracy_of(p) >= accuracy_of(best) - TOLERANCE]
     by_flops = min(good, key=flops)
     return FlopsOnly(by_flops, cost(by_flops) / cost(best))
 
@@ -217,10 +220,10 @@ def _ladder(points: Sequence[Point], budget: float, cost: Any) -> list[tuple[flo
     return found
 
 
-def _notes(points: Sequence[Point], best: Point, fits: str) -> list[str]:
+def _notes(points: Sequence[Point], best: Point, fits: str, asked: Sequence[str]) -> list[str]:
     notes = []
     known = {p.model for p in points if p.accuracy is not None}
-    silent = sorted({p.model for p in points} - known)
+    silent = sorted(({p.model for p in points} | set(asked)) - known)
     if silent and known:
         notes.append(f"no accuracy is known for {', '.join(silent)}: left out of the comparison")
     elif silent:

@@ -67,7 +67,8 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Terms with where they come from. ``noise`` is the median spread of repeats, (p75 - p25) / median."""
+    """Terms with where they come from. ``noise`` is the median spread of repeats, (p75 - p25) / median;
+    ``statistic`` what stands for a point's repeats (median, or "quiet": the 10th percentile)."""
 
     model: str
     terms: Terms
@@ -78,6 +79,7 @@ class Profile:
     machine: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
+    statistic: str = "median"
     measurements: tuple[Mapping[str, Any], ...] = ()
 
     def decode_s(
