@@ -155,7 +155,7 @@ class MockServer:
     def _render(self, messages: list[Mapping[str, str]]) -> str:
         written = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
         asked = messages[:-1] if written is not None else messages
-        return "|".join(m["content"] for m in asked) + "|" + self.opens + (written or "")
+        return "|".join(m["content"] for m in asked) + "|" + (self.opens if written is None else written)
 
     async def _generate(
         self, path: str, body: Mapping[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -461,6 +461,17 @@ def test_reasoning_sent_apart_is_folded_back() -> None:
         assert short.closed
 
 
+def test_a_thought_that_the_template_opened_is_opened_in_the_turn_that_goes_on() -> None:
+    def model(call: Call) -> Script:
+        return Script("5") if "</think>" in call.prompt else Script("x", endless=True)
+
+    with serving(model, exact=False) as (engine, server):
+        (done,) = run(engine, [request(4)])
+        assert done.text == "xxxx</think>A5"
+        assert server.calls[1].prompt == "1+1|<think>xxxx</think>A"
+        assert server.calls[1].body["continue_final_message"] is True
+
+
 def test_a_plain_chat_model_is_not_made_to_think() -> None:
     with serving(lambda call: Script("It is 4."), exact=False, opens="") as (engine, server):
         (done,) = run(engine, [request()])

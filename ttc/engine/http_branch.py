@@ -136,6 +136,14 @@ class HTTPBranch:
         """Tokens so far, the running call's included."""
         return self.generated + self.forced + (self._call.tokens if self._call is not None else 0)
 
+    @property
+    def turn(self) -> str:
+        """What is written, as the content of an assistant turn: a thought that the template had opened is
+        opened here, since templates do so only for a turn that has not begun."""
+        written, form = self._written(), self.form
+        opened = not form.think_close or form.think_open in written or form.think_close not in written
+        return written if opened else form.think_open + written
+
     def restart_if_cut(self) -> None:
         """Forget a thought that was cut and that the server can't go on from. What it cost stays charged."""
         if self._last == "cut" and not self.answering:

@@ -217,5 +217,5 @@ class Runner:
             return "/v1/completions", server.completion_body(
                 request, ids, max_tokens, seed, answering=answering
             )
-        text = request.prefix + branch.text
-        return "/v1/chat/completions", server.chat_body(request, text, max_tokens, seed, answering=answering)
+        body = server.chat_body(request, branch.turn, max_tokens, seed, answering=answering)
+        return "/v1/chat/completions", body

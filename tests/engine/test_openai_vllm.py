@@ -1,0 +1,232 @@
+"""The HTTP engine on vLLM's own server, on loopback, with an embedded reasoner: its counts against
+/metrics."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ttc import nano
+from ttc.engine.http_server import Server
+from ttc.engine.model import load_model_files
+from ttc.engine.openai import OpenAIEngine
+from ttc.types import Completion, Problem, Request, Sampling
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+START_S = 180.0
+WILD = Sampling(temperature=2.0)
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # else the first log-probabilities compile for half a minute
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def sums(count: int) -> list[Problem]:
+    rng = random.Random(5)
+    texts = [f"{rng.randint(10, 99)} + {rng.randint(10, 99)} + {rng.randint(10, 99)} =" for _ in range(count)]
+    asked = [f"State the final answer to the following arithmetic problem: {text}" for text in texts]
+    return [Problem(f"s{i}", ({"role": "user", "content": text},)) for i, text in enumerate(asked)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``vllm serve`` by its module (the command itself fails with the CPU wheel), killed with all its
+    children."""
+    models = nano.catalog()
+    if not models:
+        pytest.skip("no embedded reasoner is installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(models[0].path),
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
+        "--max-model-len", "1024", "--max-num-seqs", "32", "--enable-prompt-tokens-details",
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield url
+    finally:
+        for word in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, word)
+                process.wait(timeout=10)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        process.wait(timeout=10)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(int(START_S * 4)):
+        try:
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.25)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def engine(server: str) -> Iterator[OpenAIEngine]:
+    opened = OpenAIEngine(f"openai:{server}/v1", concurrency=32)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stops before its cap."""
+    allowed = Server._allowed
+    monkeypatch.setattr(Server, "_allowed", lambda self, body: allowed(self, body) | {"ignore_eos": True})
+
+
+def metric(server: str, name: str) -> float:
+    lines = httpx.get(f"{server}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+
+def settled(server: str) -> dict[str, float]:
+    """The server's totals once nothing runs there any more."""
+    for _ in range(200):
+        if metric(server, "num_requests_running") + metric(server, "num_requests_waiting") == 0:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the server is still at work")
+    return {name: metric(server, f"{name}_tokens_total") for name in ("generation", "prompt")}
+
+
+def collect(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Completion]:
+    """Run all, at most ``concurrency`` at a time, in request order."""
+    done: dict[int, Completion] = {}
+    waiting = list(enumerate(requests))
+    running = 0
+    while len(done) < len(requests):
+        while waiting and running < engine.info.concurrency:
+            engine.submit(*waiting.pop(0))
+            running += 1
+        ended = engine.step().finished
+        running -= len(ended)
+        done |= dict(ended)
+    return [done[i] for i in range(len(requests))]
+
+
+def test_what_the_server_is(engine: OpenAIEngine) -> None:
+    info = engine.info
+    assert (info.model, info.context, info.concurrency) == ("tiny", 1024, 32)
+    assert info.shape is not None
+    assert info.format == load_model_files(str(nano.catalog()[0].path)).format
+    assert info.identity["server"].startswith("vllm ")
+    assert "weights" in info.identity
+
+
+def test_counts_are_the_servers_own(engine: OpenAIEngine, server: str) -> None:
+    before = settled(server)
+    problems = sums(8)
+    done = collect(engine, [Request(p, i, i, 150, Sampling(1.0)) for p in problems for i in range(6)])
+    after = settled(server)
+    assert sum(d.generated_tokens for d in done) == after["generation"] - before["generation"]
+    assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
+    assert engine.counters().output_tokens == sum(d.output_tokens for d in done)
+    first = done[0]
+    assert first.finish in ("stop", "length")
+    assert first.text.partition("</think>")[2]
+    if not first.closed:
+        assert first.prompt_tokens == engine.count_prompt(problems[0])
+    assert len(first.token_ids) == first.output_tokens
+
+
+@pytest.mark.usefixtures("endless")
+def test_caps_hold_and_no_answer_is_empty(engine: OpenAIEngine, server: str) -> None:
+    before = settled(server)
+    rng = random.Random(3)
+    wants = [Request(p, i, i, rng.randint(0, 50), WILD) for p in sums(10) for i in range(6)]
+    done = collect(engine, wants)
+    assert any(d.closed for d in done)
+    for want, one in zip(wants, done, strict=True):
+        assert one.finish in ("stop", "length")
+        assert one.output_tokens <= want.thinking_tokens + engine.room_tokens
+        assert one.text.partition("</think>")[2]
+    assert sum(d.generated_tokens for d in done) == settled(server)["generation"] - before["generation"]
+
+
+@pytest.mark.usefixtures("endless")
+def test_a_cancelled_branch_is_dropped_by_the_server(engine: OpenAIEngine, server: str) -> None:
+    before = settled(server)
+    for ticket, problem in enumerate(sums(24)):
+        engine.submit(ticket, Request(problem, 0, ticket, 900, WILD))
+    moved: set[int] = set()
+    done: dict[int, Completion] = {}
+    while len(moved | set(done)) < 24:
+        report = engine.step()
+        moved |= set(report.progress)
+        done |= dict(report.finished)
+    engine.abort(range(24))
+    while len(done) < 24:
+        done |= dict(engine.step().finished)
+    after = settled(server)
+    cancelled = [d for d in done.values() if d.finish == "abort"]
+    assert len(cancelled) > 6
+    assert all(d.generated_tokens > 0 and d.prompt_tokens > 0 for d in cancelled)
+    sampled = after["generation"] - before["generation"]
+    assert sampled < 24 * 900 / 2  # they did not run on to their caps
+    charged = sum(d.generated_tokens for d in done.values())
+    assert sampled <= charged + 24 * 16  # steps between our hanging up and the server's noticing
+    assert charged <= sampled + 24 * 7  # what may have been sampled unseen, at 8 tokens an event
+
+
+@pytest.mark.usefixtures("endless")
+def test_steering_closes_the_thought(engine: OpenAIEngine) -> None:
+    engine.submit(0, Request(sums(1)[0], 0, 0, 900, WILD))
+    done: dict[int, Completion] = {}
+    while not done:
+        report = engine.step()
+        if report.progress.get(0) is not None:
+            engine.steer(0, "close")
+        done |= dict(report.finished)
+    assert done[0].text.partition("</think>")[2]
+
+
+def test_confidence_is_measured(engine: OpenAIEngine) -> None:
+    (done,) = collect(engine, [Request(sums(1)[0], 0, 0, 150, signals=("mean-logprob",))])
+    assert done.mean_logprob is not None
+    assert -5.0 < done.mean_logprob < 0.0
+
+
+def test_chat_messages_do_as_well(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Server, path: str) -> bool:
+        return False
+
+    monkeypatch.setattr(Server, "_exists", nothing)
+    engine = OpenAIEngine(server, concurrency=8)
+    try:
+        before = settled(server)
+        done = collect(engine, [Request(p, 0, 0, thinking) for p in sums(4) for thinking in (0, 6, 150)])
+        assert all(d.finish in ("stop", "length") for d in done)
+        assert all(d.text.partition("</think>")[2].strip() for d in done)
+        assert sum(d.generated_tokens for d in done) == settled(server)["generation"] - before["generation"]
+    finally:
+        engine.close()
