@@ -585,7 +585,7 @@ def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:
             accuracy += " [{:.0%}, {:.0%}]".format(*shown["accuracy_ci95"])
         numbers = (_si(shown[k]) for k in ("tokens", "eflops", "eflops_kinetics"))
         table.add_row(name, point.label(), accuracy, *numbers)
-    stdout.print(table, soft_wrap=True)
+    stdout.print(table, width=max(stdout.width, 120), crop=False)
 
 
 def _tariff(

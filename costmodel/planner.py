@@ -183,7 +183,7 @@ def _why(best: Point, price: float, budget: float, affordable: int, total: int) 
     share = f"uses {price / budget:.0%} of the budget; {affordable} of {total} configurations fit it"
     if best.accuracy is None:
         return f"no accuracy is known: the largest model that affords one long chain, on cost alone; {share}"
-    return f"the most accurate that fits: {accuracy_of(best):.1%}; {share}"
+    return f"the cheapest within half a point of the best that fits: {accuracy_of(best):.1%}; {share}"
 
 
 def _runners(affordable: Sequence[Point], best: Point, cost: Any) -> list[Point]:

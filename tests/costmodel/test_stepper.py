@@ -1,0 +1,80 @@
+"""The stepper drives an engine as calibrate expects: right batch, right context, nothing left running."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ttc.costmodel import ModelShape
+from ttc.engine.stepper import VLLMStepper
+from ttc.errors import EngineError, InputError
+
+
+class ScriptedLLM:
+    """vLLM's three verbs: prefills one sequence a step, then decodes all; remembers what every step saw."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.waiting: list[tuple[str, int, Any]] = []
+        self.running: dict[str, list[int]] = {}
+        self.steps: list[list[int]] = []
+        self.fail = fail
+
+    def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
+        self.waiting.append((name, len(prompt["prompt_token_ids"]), params))
+
+    def step(self) -> list[Any]:
+        if self.fail:
+            raise RuntimeError("out of blocks")
+        if self.waiting:
+            name, prompt, params = self.waiting.pop(0)
+            self.running[name] = [prompt, params.max_tokens]
+        for state in self.running.values():
+            state[0] += 1
+            state[1] -= 1
+        outputs = [SimpleNamespace(request_id=name) for name in self.running]
+        self.steps.append([context for context, _ in self.running.values()])
+        self.running = {name: state for name, state in self.running.items() if state[1] > 0}
+        return outputs
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            self.running.pop(name, None)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running or self.waiting)
+
+
+def _stepper(llm: ScriptedLLM, repeats: int = 5) -> VLLMStepper:
+    info = SimpleNamespace(context=512, concurrency=4, model="scripted", shape=ModelShape.named("Qwen3-0.6B"))
+    vllm = SimpleNamespace(SamplingParams=lambda **fields: SimpleNamespace(**fields))
+    engine: Any = SimpleNamespace(_llm=llm, info=info, _vllm=vllm)
+    return VLLMStepper(engine, repeats=repeats)
+
+
+def test_decode_times_full_batches_at_the_wanted_context() -> None:
+    llm = ScriptedLLM()
+    seconds = _stepper(llm).measure(3, 100, None, "decode")
+    assert len(seconds) == 5
+    assert all(s >= 0 for s in seconds)
+    timed = llm.steps[-5:]
+    assert all(len(contexts) == 3 for contexts in timed)
+    assert all(abs(context - 100) <= 10 for contexts in timed for context in contexts)
+    assert not llm.has_unfinished_requests()
+
+
+def test_prefill_times_one_fresh_prompt() -> None:
+    llm = ScriptedLLM()
+    assert len(_stepper(llm, repeats=9).measure(1, 64, None, "prefill")) == 3
+    assert llm.steps == [[65]] * 3
+
+
+def test_cells_that_do_not_fit_are_refused() -> None:
+    stepper = _stepper(ScriptedLLM())
+    with pytest.raises(InputError, match="batch 9 exceeds"):
+        stepper.measure(9, 10, None, "decode")
+    with pytest.raises(InputError, match="context 511 exceeds"):
+        stepper.measure(1, 511, None, "decode")
+    with pytest.raises(EngineError, match="out of blocks"):
+        _stepper(ScriptedLLM(fail=True)).measure(1, 10, None, "decode")
