@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import sys
 import time
@@ -68,6 +69,7 @@ def bare(job: Job, *, serial: bool = False) -> Work:
     from ttc.engine.model import load_model_files
     from ttc.engine.vllm import import_vllm
 
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     vllm = import_vllm()
     files = load_model_files(job.model)
     llm = vllm.LLM(

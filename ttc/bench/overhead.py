@@ -42,7 +42,7 @@ class Arm:
 
     def __init__(self, kind: str, job: Job) -> None:
         self.kind, self.job = kind, job
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the child
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ttc.bench.arms", kind, json.dumps(asdict(job))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
