@@ -177,69 +177,91 @@ def full(
             and isinstance(kv_budget, _SCALARS)
             and isinstance(kv_block, _SCALARS)
         )
+    if not arrays:
+        if not 0 <= cached_prompt_tokens <= prompt_tokens:
+            raise InputError(
+                f"cached_prompt_tokens is {cached_prompt_tokens}; it must be 0 to {prompt_tokens}, the prompt"
+            )
+        if (batch is not None and not batch > 0) or (weight_reads is not None and not weight_reads >= 0):
+            raise InputError(
+                f"batch is {batch}, weight_reads {weight_reads}; batch must be positive, reads 0 or more"
+            )
     low, high = _bounds(arrays)
     started = high(low(start_tokens, 1), 0)  # 1 where a token exists already, so that prefill is past
     first = 1 - started
     steps = high(generated_tokens - first, 0)
     context = prompt_tokens + high(start_tokens, 1) - 1  # tokens attended at decode step i are context + i
 
-    flops = steps * shape.token_flops
-    kv_reads = 0.0  # in elements
-    for layers, window in shape.attention:
-        if window is not None or rule is None:
-            pairs = _sum_min(context, steps, window, low, high)
-            flops = flops + layers * shape.pair_flops_per_layer * pairs
-            kv_reads = kv_reads + layers * shape.kv_elements_per_layer * pairs
-            continue
-        sparse_layers = max(0, layers - rule.dense_layers)
-        dense_pairs = _sum_min(context, steps, None, low, high)
-        cap = low(kv_budget, _NO_CAP) + rule.extra_tokens
-        pairs = (layers - sparse_layers) * dense_pairs + sparse_layers * _sum_min(
-            context, steps, cap, low, high
-        )
-        flops = flops + shape.pair_flops_per_layer * pairs
-        kv_reads = kv_reads + shape.kv_elements_per_layer * pairs
-        if rule.summaries:
-            unsearched = high(low(cap - context, steps), 0)
-            pages = _sum_pages(context + steps, block) - _sum_pages(context + unsearched, block)
-            scored = sparse_layers * rule.summaries * pages
-            flops = flops + shape.key_pair_flops_per_layer * scored
-            kv_reads = kv_reads + shape.key_elements_per_layer * scored
-    copies = max(1, tensor_parallel // shape.kv_heads) if tensor_parallel > 1 else 1
-    kv_element_bytes = shape.kv_bytes_per_element * copies
-    moved = kv_reads * kv_element_bytes + steps * shape.kv_bytes * copies
-    if shape.state_elements:
-        moved = moved + steps * 2 * shape.state_elements * shape.kv_bytes_per_element
-    flops, moved = samples * flops, samples * moved
-
+    flops, reads = _decode(shape, context, steps, kv_budget, block, rule, low, high)
     fresh = (prompt_tokens - cached_prompt_tokens) * first
     prefills = high(low(fresh, 1), 0)
-    for layers, window in shape.attention:
-        pairs = _sum_min(cached_prompt_tokens, fresh, window, low, high)
-        flops = flops + layers * shape.prefill_pair_flops_per_layer * pairs
-        moved = (
-            moved + prefills * layers * shape.kv_elements_per_layer * kv_element_bytes * cached_prompt_tokens
-        )
-    body_flops = shape.token_flops - 2.0 * shape.head_params
-    flops = flops + fresh * body_flops + prefills * 2.0 * shape.head_params
-    moved = moved + fresh * shape.kv_bytes * copies
-
+    prompt_flops, prompt_reads = _prefill(shape, cached_prompt_tokens, fresh, prefills, low, high)
     decodes = samples * steps
     forwards = decodes + prefills
+    copies = max(1, tensor_parallel // shape.kv_heads) if tensor_parallel > 1 else 1
+    moved = (samples * reads + prompt_reads) * (shape.kv_bytes_per_element * copies)
+    moved = moved + (decodes + fresh) * (shape.kv_bytes * copies)
+    if shape.state_elements:
+        moved = moved + decodes * (2 * shape.state_elements * shape.kv_bytes_per_element)
     if weight_reads is not None:
-        batch = (
-            forwards / high(weight_reads, 1e-300)
-            if arrays
-            else (forwards / weight_reads if weight_reads else math.inf)
-        )
+        reads_at_least = high(weight_reads, 1e-300) if arrays else weight_reads
+        batch = forwards / reads_at_least if arrays or weight_reads else math.inf
     elif batch is None:
         batch = high(samples, 1)
     if shape.experts:
-        crowd = high(fresh, batch)
+        crowd = high(fresh, batch)  # a prefill's own tokens touch more experts than a batch of decodes
         weights = decodes * shape.step_weight_bytes(batch) + prefills * shape.step_weight_bytes(crowd)
     else:
         weights = forwards * shape.step_weight_bytes(batch)
-    return Cost(flops, moved + weights / high(batch, 1e-300))
+    return Cost(samples * flops + prompt_flops, moved + weights / high(batch, 1e-300))
+
+
+_Pick = Callable[[Any, Any], Any]
+
+
+def _decode(
+    shape: ModelShape,
+    context: Any,
+    steps: Any,
+    kv_budget: Any,
+    block: Any,
+    rule: SparseMethod | None,
+    low: _Pick,
+    high: _Pick,
+) -> tuple[Any, Any]:
+    """FLOPs and KV elements read (page summaries included) of ``steps`` decode steps of one chain after
+    ``context``."""
+    flops, reads = steps * shape.token_flops, 0.0
+    for layers, window in shape.attention:
+        if window is not None or rule is None:
+            pairs = layers * _sum_min(context, steps, window, low, high)
+        else:
+            sparse = max(0, layers - rule.dense_layers)
+            cap = low(kv_budget, _NO_CAP) + rule.extra_tokens
+            pairs = sparse * _sum_min(context, steps, cap, low, high)
+            if sparse < layers:
+                pairs = pairs + (layers - sparse) * _sum_min(context, steps, None, low, high)
+            if rule.summaries:
+                unsearched = high(low(cap - context, steps), 0)
+                pages = _sum_pages(context + steps, block) - _sum_pages(context + unsearched, block)
+                scored = sparse * rule.summaries * pages
+                flops = flops + shape.key_pair_flops_per_layer * scored
+                reads = reads + shape.key_elements_per_layer * scored
+        flops = flops + shape.pair_flops_per_layer * pairs
+        reads = reads + shape.kv_elements_per_layer * pairs
+    return flops, reads
+
+
+def _prefill(
+    shape: ModelShape, cached: Any, fresh: Any, prefills: Any, low: _Pick, high: _Pick
+) -> tuple[Any, Any]:
+    """FLOPs and KV elements read of ``fresh`` prompt tokens after ``cached`` ones; the head multiplies the
+    last alone."""
+    flops = fresh * (shape.token_flops - 2.0 * shape.head_params) + prefills * 2.0 * shape.head_params
+    for layers, window in shape.attention:
+        pairs = _sum_min(cached, fresh, window, low, high)
+        flops = flops + (layers * shape.prefill_pair_flops_per_layer) * pairs
+    return flops, prefills * shape.kv_elements * cached
 
 
 def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tokens: Any) -> bool:
@@ -291,7 +313,7 @@ def sparse_rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None
     return rule
 
 
-def _bounds(arrays: bool) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+def _bounds(arrays: bool) -> tuple[_Pick, _Pick]:
     if not arrays:
         return min, max
     import numpy as np
@@ -299,9 +321,7 @@ def _bounds(arrays: bool) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any
     return np.minimum, np.maximum
 
 
-def _sum_min(
-    before: Any, steps: Any, cap: Any, low: Callable[[Any, Any], Any], high: Callable[[Any, Any], Any]
-) -> Any:
+def _sum_min(before: Any, steps: Any, cap: Any, low: _Pick, high: _Pick) -> Any:
     """Sum over i = 1..steps of min(before + i, cap), exactly; cap None is no cap."""
     if cap is None:
         return steps * before + steps * (steps + 1) / 2

@@ -248,6 +248,18 @@ def test_bad_arguments_get_one_line(bad: dict[str, Any], told: str) -> None:
             convention(SHAPES[0], **arguments)
 
 
+def test_full_checks_its_own_arguments() -> None:
+    common: dict[str, Any] = {"prompt_tokens": 10, "generated_tokens": 5}
+    for bad in (
+        {"cached_prompt_tokens": 11},
+        {"cached_prompt_tokens": -1},
+        {"batch": 0},
+        {"weight_reads": -1.0},
+    ):
+        with pytest.raises(InputError, match="must be"):
+            full(SHAPES[0], **common, **bad)
+
+
 def test_costs_add_scale_and_convert() -> None:
     cost = 2 * (Cost(1.0, 2.0) + Cost(3.0, 4.0)) - Cost(1.0, 1.0)
     assert cost == Cost(7.0, 11.0)

@@ -1,0 +1,225 @@
+"""``ttc calibrate``: measures the running engine's steps and keeps a profile (``ttc.costmodel.calibrate``
+fits it)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from ttc.cli.options import AsJson, KvBlock, KvMethod, finite, shape_of
+from ttc.errors import InputError
+
+if TYPE_CHECKING:
+    from ttc.costmodel import ModelShape
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A nano name, a folder, a hub id; or see --random-weights.")
+    ],
+    engine: Annotated[
+        str, typer.Option(help="Only vllm can be calibrated: its steps are ours to time.")
+    ] = "vllm",
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights", help="Shape from the registry or a config.json, weights drawn by vLLM."
+        ),
+    ] = False,
+    batches: Annotated[str, typer.Option(help="Batch sizes; the largest is held out.")] = "1,2,4,8,16,32",
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths; the longest is held out.")
+    ] = "128,256,512,1024,2048",
+    prefills: Annotated[str, typer.Option(help="Prefill lengths.")] = "64,128,256,384,512,768,1024,1536",
+    kv_budgets: Annotated[
+        str, typer.Option(help="KV budgets to measure too (needs the sparse plugin).")
+    ] = "",
+    kv_block: KvBlock = None,
+    kv_method: KvMethod = None,
+    statistic: Annotated[
+        str,
+        typer.Option(help="What stands for repeats: median, or quiet (10th percentile) on a shared machine."),
+    ] = "median",
+    rounds: Annotated[int, typer.Option(help="Visits to every point, in a new order each time.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Steps timed at a visit.")] = 9,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the profile to this JSON file.")] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Measure the engine's step times, fit a few physical terms, and print the error on points held out."""
+    import sys
+    import tempfile
+
+    from ttc.costmodel.calibrate import Statistic, design, fit, measure
+
+    if statistic not in ("median", "quiet"):
+        raise InputError(f"--statistic {statistic}: use median or quiet")
+    if engine != "vllm":
+        raise InputError(
+            f"--engine {engine}: only vllm can be calibrated; a remote engine's steps cannot be timed"
+        )
+    lengths, sizes = _whole("--contexts", contexts), _whole("--batches", batches)
+    cells = design(
+        batches=sizes,
+        contexts=lengths,
+        kv_budgets=_whole("--kv-budgets", kv_budgets) if kv_budgets else (),
+        prefills=_whole("--prefills", prefills),
+    )
+    room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
+    from ttc.engine.stepper import VLLMStepper
+    from ttc.engine.vllm import VLLMEngine
+
+    with tempfile.TemporaryDirectory() as scratch:
+        target, extra = model, {}
+        if random_weights:
+            target, extra = str(_hollow_model(model, Path(scratch), room)), {"load_format": "dummy"}
+        running = VLLMEngine(target, concurrency=max(sizes), context=room, engine_args=extra)
+        try:
+            stepper = VLLMStepper(running, repeats=repeats)
+            shape = shape_of(model) if random_weights else running.info.shape
+            if shape is None:
+                raise InputError(f"--model {model}: its shape is not known; it needs a config.json")
+            say = (
+                (lambda _: None) if quiet else (lambda line: print(f"\r{line:<79}", end="", file=sys.stderr))
+            )
+            rows = measure(stepper, cells, say, rounds=rounds)
+            counted = [
+                (c, stepper.counters(c.batch, c.context, c.phase)) for c in cells if c.kv_budget is None
+            ]
+        finally:
+            running.close()
+    if not quiet:
+        print(file=sys.stderr)
+    facts: dict[str, Any] = {"machine": _machine(), "versions": {"vllm": running.info.identity["vllm"]}}
+    facts |= {"kv_block": kv_block, "kv_method": kv_method}
+    kinds: tuple[Statistic, ...] = get_args(Statistic)
+    both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}
+    profile = next(p for kind, p in both.items() if kind == statistic)
+    name = f"{shape.name} (random weights)" if random_weights else running.info.model
+    profile = replace(profile, model=name)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(out)
+    compared = _compare_counters(shape, counted)
+    errors = {name: getattr(profile.held_out, name) for name in profile.held_out.__slots__}
+    terms = {name: getattr(profile.terms, name) for name in profile.terms.__slots__}
+    if as_json:
+        summary = {"model": profile.model, "terms": terms, "held_out": errors, "noise": profile.noise}
+        summary |= {"statistic": statistic}
+        summary["held_out_by_statistic"] = {
+            k: {name: getattr(p.held_out, name) for name in p.held_out.__slots__} for k, p in both.items()
+        }
+        summary |= {
+            "points": list(profile.measurements),
+            "vllm_counters": compared,
+            "out": str(out) if out else None,
+        }
+        print(json.dumps(finite(summary)))
+        return
+    from ttc.cli.render import stdout
+
+    stdout.print(f"{profile.model}: noise of repeats {profile.noise:.0%}", soft_wrap=True)
+    for kind, fitted in both.items():
+        kept = " (kept)" if kind == statistic else ""
+        stdout.print(f"  fit of the {kind}: {fitted.held_out.words()}{kept}", soft_wrap=True)
+    for name, value in terms.items():
+        stdout.print(f"  {name:26} {value:.3g}")
+    for row in compared:
+        stdout.print(
+            f"  vLLM's counters, {row['phase']}: FLOPs {row['flops_ratio']:.3f}x ours, bytes {row['bytes_ratio']:.3f}x"
+        )
+    if out is not None:
+        stdout.print(f"written to {out}")
+
+
+def _compare_counters(shape: ModelShape, counted: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
+    """vLLM's estimate over ours, summed over the measured cells of each phase; activations (not ours)
+    apart."""
+    from ttc.costmodel import full
+
+    rows = []
+    for phase in ("decode", "prefill"):
+        pairs = [(cell, got) for cell, got in counted if cell.phase == phase and got is not None]
+        if not pairs:
+            continue
+        ours = []
+        for cell, _ in pairs:
+            if phase == "prefill":
+                ours.append(full(shape, prompt_tokens=cell.context, generated_tokens=0))
+            else:
+                step = {"prompt_tokens": cell.context - 1, "start_tokens": 1, "generated_tokens": 1}
+                ours.append(full(shape, **step, samples=cell.batch, weight_reads=1.0))
+        flops, moved = sum(c.flops for c in ours), sum(c.bytes for c in ours)
+        theirs = sum(got.bytes for _, got in pairs)
+        kept = theirs - sum(got.activation_bytes for _, got in pairs)
+        row: dict[str, Any] = {"phase": phase, "flops_ratio": sum(got.flops for _, got in pairs) / flops}
+        row |= {"bytes_ratio": theirs / moved, "bytes_ratio_without_activations": kept / moved}
+        rows.append(row)
+    return rows
+
+
+def _hollow_model(model: str, folder: Path, context: int) -> Path:
+    """A folder that vLLM loads with drawn weights: the model's config and a nano model's tokenizer."""
+    import shutil
+
+    from ttc import nano
+    from ttc.costmodel.shapes import published_config
+
+    file = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    config = json.loads(file.read_text()) if file.is_file() else published_config(model)
+    architectures = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+    kind = str(config.get("model_type"))
+    if "architectures" not in config and kind not in architectures:
+        raise InputError(
+            f"--random-weights: {model} is {kind}; dense qwen2, qwen3 and llama shapes can be drawn"
+        )
+    config = {
+        "architectures": [architectures.get(kind, "")],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        **config,
+    }
+    config |= {"hidden_act": "silu", "max_position_embeddings": max(context, 4096)}
+    (folder / "config.json").write_text(json.dumps(config))
+    donor = next(iter(nano.catalog()), None)
+    if donor is None:
+        raise InputError("--random-weights borrows a tokenizer from a nano model, and none is installed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(donor.path) / name, folder / name)
+    return folder
+
+
+def _machine() -> dict[str, str]:
+    """What the measurement ran on, as far as it matters to time; no host name."""
+    import os
+    import platform
+
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = next(
+            (line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), ""
+        )
+    except OSError:
+        name = platform.processor()
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {
+        "cpu": name,
+        "cores": str(os.cpu_count()),
+        "omp_threads": threads,
+        "python": platform.python_version(),
+    }
+
+
+def _whole(name: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; write whole numbers with commas, e.g. 1,2,4") from None
+    if not values or min(values) < 1:
+        raise InputError(f"{name} is {text!r}; every number must be 1 or more")
+    return values
