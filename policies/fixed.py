@@ -68,6 +68,10 @@ class WeightedVote:
         _check_n(self.n)
         _choose("weight", self.weight, (*get_args(Signal), "reward"))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.weight,)
+
     def run(self, problem: Problem, brief: Brief) -> Routine:
         signals = () if self.weight == "reward" else (self.weight,)
         branches = yield from Parallel(self.n, signals=signals).run(problem, brief)
@@ -94,6 +98,10 @@ class BestOfN:
     def __post_init__(self) -> None:
         _check_n(self.n)
         _choose("score", self.score, (*get_args(Signal), "reward"))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.score,)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         signals = () if self.score == "reward" else (self.score,)

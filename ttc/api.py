@@ -135,12 +135,7 @@ class Run:
             info.shape, info.concurrency, info.steerable,
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
-        needed = set(getattr(self.policy, "signals", ()))
-        missing = sorted(needed - set(info.signals))
-        if missing:
-            raise InputError(
-                f"policy: {self.policy.name} needs {missing[0]}, which the {info.name} engine can't measure"
-            )
+        _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
         brief = Brief(
             seed=settings.seed,
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
@@ -227,6 +222,19 @@ class Run:
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_reward: bool) -> None:
+    for need in getattr(policy, "needs", ()):
+        if need == "reward" and not has_reward:
+            raise InputError(
+                f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
+            )
+        if need != "reward" and need not in signals:
+            known = ", ".join(signals) or "none"
+            raise InputError(
+                f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
+            )
 
 
 def _sampling(own: Sampling, settings: Settings) -> Sampling:

@@ -1,0 +1,145 @@
+"""The Python API on the fake engine, and rewards, needs, asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+import ttc
+from tests.conftest import make_problems
+from ttc.api import Run, Settings
+from ttc.engine.fake import FakeEngine, Script
+from ttc.errors import InputError
+from ttc.types import Problem
+
+
+class Liking:
+    """A reward model that likes the answer "8", and reads ``price`` tokens a text."""
+
+    def __init__(self, price: int = 1) -> None:
+        self.price = price
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return self.price * len(texts)
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [float(text.endswith("8")) for text in texts]
+
+
+def mixed() -> FakeEngine:
+    return FakeEngine(writer=lambda request, issued: Script(10, "8" if request.index == 3 else "7", 1))
+
+
+def test_a_problem_in_an_answer_out() -> None:
+    result = ttc.solve(make_problems(1)[0], engine=mixed(), budget="2k tokens", policy="self-consistency?n=5")
+    assert result.answer == "7"
+    assert result.votes == {"7": 4.0, "8": 1.0}
+    assert result.cost.tokens == 5 * 12
+    assert result.cost.eflops > result.cost.flops > 0
+    assert result.decisions[0].what == "generate 5"
+
+
+def test_run_yields_each_problem_once() -> None:
+    results = list(
+        ttc.run(make_problems(7), engine=mixed(), policy="greedy", budget="1M tokens", scope="run")
+    )
+    assert sorted(r.problem_id for r in results) == [f"p{i}" for i in range(7)]
+
+
+def test_best_of_n_by_a_reward_model_charges_what_it_reads() -> None:
+    [result] = ttc.run(make_problems(1), engine=mixed(), policy="best-of-n?n=5&score=reward", reward=Liking())
+    assert result.answer == "8"
+    assert result.charge.tokens_judge == 5
+    assert result.charge.tokens == 5 * 12 + 5
+
+
+def test_a_reward_model_that_the_budget_cannot_pay_for_leaves_the_vote() -> None:
+    policy, budget = "best-of-n?n=5&score=reward", "500 tokens"
+    [result] = ttc.run(make_problems(1), engine=mixed(), policy=policy, reward=Liking(200), budget=budget)
+    assert result.answer == "7"
+    assert result.charge.tokens == 5 * 12
+
+
+def test_confidence_policies_choose_by_confidence() -> None:
+    for policy in ("best-of-n?n=6&score=mean-logprob", "weighted-vote?n=6&weight=self-certainty"):
+        [result] = ttc.run(make_problems(1), engine=mixed(), policy=policy)
+        assert result.answer in ("7", "8")
+        assert all(b.completion.mean_logprob is not None for b in result.branches)
+
+
+class Deaf(FakeEngine):
+    @property
+    def info(self):  # type: ignore[no-untyped-def]
+        from dataclasses import replace
+
+        return replace(super().info, signals=("mean-logprob",), name="deaf")
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("best-of-n", "needs self-certainty, which the deaf engine can't measure"),
+        ("best-of-n?score=reward", "reward model"),
+    ],
+)
+def test_what_a_policy_needs_is_checked_before_it_starts(policy: str, words: str) -> None:
+    engine = Deaf()
+    with pytest.raises(InputError, match=words):
+        Run(make_problems(1), engine, Settings(policy=policy))
+    assert engine.counters().requests == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": "3 bananas"}, "budget"),
+        ({"effort": 1.5}, "effort"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"max_thinking_tokens": 0}, "max-thinking"),
+        ({"kv_budget": 512}, "kv-budget"),
+        ({"budget": "$1"}, "dollars need a price"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Run(make_problems(1), FakeEngine(), Settings(**settings))  # type: ignore[arg-type]
+
+
+def test_dollars_are_charged_by_the_token() -> None:
+    price = {"usd_per_m_input": 1.0, "usd_per_m_output": 10.0}
+    [result] = ttc.run(make_problems(1), engine=mixed(), policy="greedy", budget="$0.01", price=price)
+    assert result.charge.dollars == pytest.approx((20 * 1.0 + 12 * 10.0) / 1e6)
+
+
+def test_event_loops_have_the_same() -> None:
+    async def both() -> tuple[str | None, list[str]]:
+        one = await ttc.asolve(make_problems(1)[0], engine=mixed(), policy="greedy")
+        many = [r.problem_id async for r in ttc.arun(make_problems(4), engine=mixed(), policy="greedy")]
+        return one.answer, many
+
+    answer, many = asyncio.run(both())
+    assert answer == "7"
+    assert sorted(many) == ["p0", "p1", "p2", "p3"]
+
+
+def test_kinetics_shares_the_prompt_over_the_branches() -> None:
+    """The sum over branches equals Kinetics Eq. 4 for N equal branches of one prompt."""
+    from ttc.costmodel import kinetics
+
+    engine = FakeEngine(writer=lambda request, issued: Script(10, "7", 1))
+    [result] = ttc.run(make_problems(1), engine=engine, policy="self-consistency?n=5")
+    shape = engine.info.shape
+    assert shape is not None
+    expected = kinetics(shape, prompt_tokens=20, generated_tokens=12, samples=5).eflops()
+    assert result.charge.eflops_kinetics == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_closing_bytes_equal_every_weight_pass_once() -> None:
+    """Charged weight reads add up to the engine's steps: none is charged twice, none is lost."""
+    engine = FakeEngine(writer=lambda request, issued: Script(10 + request.index, "7", 1), concurrency=3)
+    [result] = ttc.run(make_problems(1), engine=engine, policy="self-consistency?n=5")
+    reads = sum(b.completion.weight_reads or 0.0 for b in result.branches)
+    assert reads == pytest.approx(engine.counters().steps)
