@@ -24,7 +24,9 @@ OneModel = Annotated[
 HardwareName = Annotated[str, typer.Option("--hardware", help="Card that gives seconds: h200, b200, a100, …")]
 Intensity = Annotated[
     float | None,
-    typer.Option(help="FLOP per byte of an eFLOP; default 562.5, the paper's. 'ttc cost' lists others."),
+    typer.Option(
+        help="FLOP per byte of an eFLOP; default 562.5, the paper's; the same card in BF16 has 281.25."
+    ),
 ]
 KvBudget = Annotated[
     int | None, typer.Option(help="KV tokens that each decoded token attends to; default all.")

@@ -136,6 +136,25 @@ def test_our_run_folders(tmp_path: Path) -> None:
     assert pool.tokens.tolist() == [42.0] * 4
 
 
+def test_a_run_of_the_driver_reads_back(tmp_path: Path) -> None:
+    from ttc.api import run
+    from ttc.engine.fake import FakeEngine
+    from ttc.types import Problem
+
+    problems = [Problem(str(k), ({"role": "user", "content": f"{k}?"},), gold=str(k)) for k in range(12)]
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {"policy": "self-consistency?n=5", "budget": "10k tokens"}
+    results = list(run(problems, engine=FakeEngine(), out=out, **settings))
+    (pool,) = read(out, model="Qwen3-0.6B", task="t")
+    assert isinstance(pool, Pool)
+    right = sum(bool(r.verdict and r.verdict.correct) for r in results) / len(results)
+    assert pool.samples == 5
+    assert pool_accuracy(pool, samples=5).mean() == pytest.approx(
+        right, abs=0.2
+    )  # ties are shared here, broken there
+    assert pool.tokens.sum() == sum(r.charge.tokens for r in results)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
