@@ -21,7 +21,9 @@ ENV = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
 
 def ttc(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TTC, *arguments], capture_output=True, text=True, env=ENV, timeout=timeout, check=False)
+    return subprocess.run(
+        [*TTC, *arguments], capture_output=True, text=True, env=ENV, timeout=timeout, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,18 @@ SPENT = {
 @pytest.mark.engine
 @pytest.mark.slow
 def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
-    done = ttc("solve", "--task", TASK, "--n", "12", "--budget", "600 tokens", "--json", "--out", str(tmp_path / "run"))
+    done = ttc(
+        "solve",
+        "--task",
+        TASK,
+        "--n",
+        "12",
+        "--budget",
+        "600 tokens",
+        "--json",
+        "--out",
+        str(tmp_path / "run"),
+    )
     assert done.returncode == 0, done.stderr
     summary: dict[str, Any] = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
@@ -103,17 +116,32 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "branches.jsonl").read_text().splitlines()]
     assert len(rows) == summary["samples"]
-    generated = sum(r["charge"].get("tokens_generated", 0) + r["charge"].get("tokens_forced", 0) for r in rows)
+    generated = sum(
+        r["charge"].get("tokens_generated", 0) + r["charge"].get("tokens_forced", 0) for r in rows
+    )
     assert generated == summary["spent"]["tokens"]
 
-    again = ttc("solve", "--task", TASK, "--n", "12", "--budget", "600 tokens", "--json", "--out", str(tmp_path / "run"))
+    again = ttc(
+        "solve",
+        "--task",
+        TASK,
+        "--n",
+        "12",
+        "--budget",
+        "600 tokens",
+        "--json",
+        "--out",
+        str(tmp_path / "run"),
+    )
     second = json.loads(again.stdout)
     assert second["resumed"] == 12
     for same in ("correct", "accuracy", "stopped"):
         assert second[same] == summary[same]
     assert second["spent"]["tokens"] == summary["spent"]["tokens"]
 
-    other = ttc("solve", "--task", TASK, "--n", "12", "--budget", "700 tokens", "--out", str(tmp_path / "run"))
+    other = ttc(
+        "solve", "--task", TASK, "--n", "12", "--budget", "700 tokens", "--out", str(tmp_path / "run")
+    )
     assert other.returncode == 2
     assert "budget" in other.stderr
     assert "Traceback" not in other.stderr

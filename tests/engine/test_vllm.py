@@ -31,7 +31,9 @@ def sums(count: int, terms: int = 5, seed: int = 0) -> list[Problem]:
     made = []
     for i in range(count):
         numbers = [rng.randint(10, 99) for _ in range(terms)]
-        text = f"State the final answer to the following arithmetic problem: {' + '.join(map(str, numbers))} ="
+        text = (
+            f"State the final answer to the following arithmetic problem: {' + '.join(map(str, numbers))} ="
+        )
         made.append(Problem(f"sum-{seed}-{i}", ({"role": "user", "content": text},), gold=str(sum(numbers))))
     return made
 
@@ -74,7 +76,11 @@ def test_an_answer_comes_back_with_thought_and_counts(engine: VLLMEngine) -> Non
     assert completion.finish == "stop"
     assert completion.text.split("</think>")[1].strip().lstrip("-").isdigit()
     assert after.output_tokens - before.output_tokens == completion.output_tokens == len(completion.token_ids)
-    assert after.prompt_tokens - before.prompt_tokens == completion.prompt_tokens == engine.count_prompt(sums(1)[0])
+    assert (
+        after.prompt_tokens - before.prompt_tokens
+        == completion.prompt_tokens
+        == engine.count_prompt(sums(1)[0])
+    )
     assert completion.weight_reads == pytest.approx(after.steps - before.steps)
 
 
@@ -100,7 +106,7 @@ def test_five_hundred_caps_are_kept_to_the_token_and_no_answer_is_empty(engine: 
 def test_steering_closes_a_running_thought_within_a_step(engine: VLLMEngine) -> None:
     problems = sums(8, terms=8, seed=3)
     requests = [request(p, 0, 400) for p in problems]
-    done = finish(engine, requests, steer_at={ticket: 6 for ticket in range(1, 9, 2)})
+    done = finish(engine, requests, steer_at=dict.fromkeys(range(1, 9, 2), 6))
     for ticket, completion in done.items():
         if ticket % 2:
             assert completion.closed
