@@ -15,7 +15,7 @@ from ttc.errors import BudgetTooSmall, InputError, TTCError
 @pytest.mark.parametrize(
     ("text", "amount", "unit"),
     [
-        ("20k tokens", 20e3, "tokens"), ("20000 tokens", 20e3, "tokens"), ("1,500 tokens", 1500, "tokens"), ("1 token", 1, "tokens"),
+        ("20k tokens", 20e3, "tokens"), ("20000 token", 20e3, "tokens"), ("1,500 tokens", 1500, "tokens"),
         ("1.5M tokens", 1.5e6, "tokens"), ("3e15 eflops", 3e15, "eflops"), ("40 TeFLOPs", 40e12, "eflops"),
         ("40 tera-eflops", 40e12, "eflops"), ("0.2 PeFLOPs", 0.2e15, "eflops"), ("30 s", 30, "seconds"), ("30s", 30, "seconds"),
         ("2 min", 120, "seconds"), ("250 ms", 0.25, "seconds"), ("1 h", 3600, "seconds"), ("$0.05", 0.05, "dollars"),

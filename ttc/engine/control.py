@@ -244,7 +244,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     def _keep_from_ending(self, logits: torch.Tensor) -> None:
         """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0."""
-        just_closed = [c for c in self.thinking if c.output and c.output[-1] == c.think_close[-1] and c.thought_closed()]
+        just_closed = [
+            c for c in self.thinking if c.output and c.output[-1] == c.think_close[-1] and c.thought_closed()
+        ]
         if just_closed:
             for control in just_closed:
                 control.open = False
