@@ -1,0 +1,165 @@
+"""The control processor alone, driven as vLLM's batch would: rows added, moved, swapped, removed, preempted and brought back."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.engine
+
+VOCAB, END, CLOSE, LEAD = 32, 2, 7, 9
+
+
+class Batch:
+    """A persistent batch of rows under a processor; each step samples greedily from given logits."""
+
+    def __init__(self) -> None:
+        from ttc.engine.control import ControlProcessor
+
+        self.processor = ControlProcessor(None, torch.device("cpu"), False)  # type: ignore[arg-type]
+        self.outputs: list[list[int]] = []
+        self.added: list[tuple[int, Any, None, list[int]]] = []
+        self.removed: list[int] = []
+        self.moved: list[Any] = []
+
+    def add(self, output: list[int] | None = None, **instructions: Any) -> list[int]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            extra_args={"ttc": instructions} if instructions else None, stop_token_ids=[END]
+        )
+        row = output if output is not None else []
+        self.added.append((len(self.outputs), params, None, row))
+        self.outputs.append(row)
+        return row
+
+    def swap(self, a: int, b: int) -> None:
+        from vllm.v1.sample.logits_processor import MoveDirectionality
+
+        self.moved.append((a, b, MoveDirectionality.SWAP))
+        self.outputs[a], self.outputs[b] = self.outputs[b], self.outputs[a]
+
+    def remove_last(self) -> list[int]:
+        self.removed.append(len(self.outputs) - 1)
+        return self.outputs.pop()
+
+    def step(self, favourite: int = 20) -> None:
+        from vllm.v1.sample.logits_processor import BatchUpdate
+
+        changed = self.added or self.removed or self.moved
+        update = (
+            BatchUpdate(len(self.outputs), tuple(self.removed), tuple(self.added), tuple(self.moved))
+            if changed
+            else None
+        )
+        self.processor.update_state(update)
+        self.added, self.removed, self.moved = [], [], []
+        logits = torch.zeros(len(self.outputs), VOCAB)
+        logits[:, favourite] = 5.0
+        for row, token in zip(self.outputs, self.processor.apply(logits).argmax(-1).tolist(), strict=True):
+            row.append(token)
+
+
+def test_a_thought_is_closed_at_its_due_and_neighbours_are_not() -> None:
+    batch = Batch()
+    capped = batch.add(due=3, think_close=[CLOSE], close=[CLOSE, 8], lead=[])
+    free = batch.add()
+    for _ in range(7):
+        batch.step()
+    assert capped == [20, 20, 20, CLOSE, 8, 20, 20]
+    assert free == [20] * 7
+
+
+def test_a_closed_thought_gets_the_lead_instead() -> None:
+    batch = Batch()
+    row = batch.add(due=4, think_close=[CLOSE], close=[CLOSE, 8], lead=[LEAD])
+    batch.step()
+    batch.step(favourite=CLOSE)
+    for _ in range(4):
+        batch.step()
+    assert row == [20, CLOSE, 20, 20, LEAD, 20]
+
+
+def test_an_end_inside_the_thought_becomes_a_closing_and_no_answer_is_empty() -> None:
+    batch = Batch()
+    row = batch.add(due=50, think_close=[CLOSE], close=[CLOSE], lead=[])
+    batch.step()
+    batch.step(favourite=END)
+    assert row == [20, CLOSE]
+    batch.step(favourite=END)
+    assert row[2] != END, "an answer has at least one token"
+    batch.step(favourite=END)
+    assert row[3] == END
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_moves_and_swaps_follow_the_rows(seed: int) -> None:
+    rng = random.Random(seed)
+    batch = Batch()
+    rows = {due: batch.add(due=due, think_close=[CLOSE], close=[CLOSE, 8], lead=[]) for due in range(1, 9)}
+    for _ in range(12):
+        batch.step()
+        batch.swap(*rng.sample(range(8), 2))
+    for due, row in rows.items():
+        assert row[: due + 2] == [20] * due + [CLOSE, 8]
+        assert row.count(CLOSE) == 1
+
+
+@pytest.mark.parametrize("when", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_preempted_row_is_forced_once(when: int, in_process: bool) -> None:
+    """With the Control at hand (one process) and without it (worker processes: read back from the output)."""
+    from ttc.engine.control import CONTROLS, Control, Instructions
+
+    batch = Batch()
+    told = Instructions(due=3, think_close=[CLOSE], close=[CLOSE, 8, 9], lead=[], signals=False)
+    if in_process:
+        CONTROLS[7] = Control.of(told)
+        told["key"] = 7
+    batch.add(**told)
+    for _ in range(when):
+        batch.step()
+    row = batch.remove_last()
+    batch.step()
+    batch.add(output=row, **told)
+    for _ in range(6):
+        batch.step()
+    CONTROLS.clear()
+    assert row == [20, 20, 20, CLOSE, 8, 9, *[20] * (len(row) - 6)]
+
+
+def test_confidence_is_the_mean_over_sampled_tokens() -> None:
+    from ttc.engine.control import CONTROLS, Control, Instructions, confidence
+
+    batch = Batch()
+    told = Instructions(due=2, think_close=[CLOSE], close=[CLOSE], lead=[], signals=True, key=1)
+    CONTROLS[1] = control = Control.of(told)
+    batch.add(**told)
+    for _ in range(6):
+        batch.step()
+    CONTROLS.clear()
+    log_z = math.log(math.exp(5.0) + VOCAB - 1)
+    mean_logprob, certainty = confidence(control)
+    assert mean_logprob == pytest.approx(5.0 - log_z, abs=1e-5)
+    assert certainty == pytest.approx(log_z - 5.0 / VOCAB - math.log(VOCAB), abs=1e-5)
+    assert control.scored == 4, "five sampled so far, one of them not yet seen, and the forced one left out"
+    assert control.forced == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"due": -1}, {"due": "soon"}, {"colour": 3}, "close it"],
+    ids=["negative", "text", "unknown", "no mapping"],
+)
+def test_instructions_are_validated_at_the_door(wrong: Any) -> None:
+    from vllm import SamplingParams
+
+    from ttc.engine.control import ControlProcessor
+
+    with pytest.raises(ValueError, match="ttc"):
+        ControlProcessor.validate_params(SamplingParams(extra_args={"ttc": wrong}))
