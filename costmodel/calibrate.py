@@ -86,9 +86,9 @@ def design(
     Corners of the fitted box are never held out, so that inside means interpolation. Raises InputError for a
     grid too small.
     """
-    if len(batches) < 3 or len(contexts) < 3 or len(prefills) < 3:
+    if len(batches) < 3 or len(contexts) < 3 or len(prefills) < 4:
         raise InputError(
-            "calibration grid is too small; give at least 3 batches, 3 contexts, 3 prefill lengths"
+            "calibration grid is too small; give at least 3 batches, 3 contexts, 4 prefill lengths"
         )
     batches, contexts, prefills = sorted(set(batches)), sorted(set(contexts)), sorted(set(prefills))
     cells = []
