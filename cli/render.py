@@ -104,14 +104,14 @@ def print_line(problem: Problem, result: Result, console: Console = stderr) -> N
     if result.error:
         mark, style = "!", "red"
     votes = "  ".join(
-        f"{_short(a, 14)}×{_weight(w)}"
+        f"{_short(a, 10)}×{_weight(w)}"
         for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4]
     )
     question = _short(
         problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 46
     )
     line = Text.assemble(
-        (mark, style), f" {question:46}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}"
+        (mark, style), f" {question:36}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}"
     )
     if result.error:
         line.append(f"  {_short(result.error, 70)}", style="red")

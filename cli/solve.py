@@ -156,8 +156,8 @@ def demo(
             print(json.dumps(summary))
             return
         stdout.rule(f"{name} on {task}")
-        first = next((r for r in results if len(r.votes) > 1), results[0])
-        print_answer(next(p for p in problems if p.id == first.problem_id), first)
+        shown = max(results, key=_telling)
+        print_answer(next(p for p in problems if p.id == shown.problem_id), shown, thought=True)
         stdout.print()
         print_summary(summary)
         stdout.print("\nWhat votes buy (the same samples; 95 % intervals over problems):")
@@ -171,6 +171,11 @@ def demo(
         stdout.print(
             f"  gain of {curve[-1].votes} votes over 1: {gain.mean:+.1%}  ({gain.low:+.1%} to {gain.high:+.1%}, paired)"
         )
+
+
+def _telling(result: Result) -> tuple[bool, int]:
+    """How well a problem shows what votes are for: won by the right answer against the most others."""
+    return bool(result.verdict and result.verdict.correct), len(result.votes)
 
 
 def _shape(name: str) -> Any:
