@@ -84,9 +84,15 @@ class Live:
         return "  ".join(part for part in parts if part)
 
 
-def print_answer(problem: Problem, result: Result, console: Console = stdout) -> None:
-    """One problem in full: the question, the votes and the answer."""
+def print_answer(
+    problem: Problem, result: Result, console: Console = stdout, *, thought: bool = False
+) -> None:
+    """One problem in full: the question, the votes and the answer; with ``thought`` also what one sample wrote."""
     console.print(Text(problem.text, style="dim"))
+    usable = [b for b in result.branches if b.usable]
+    if thought and usable:
+        told = max(usable, key=lambda b: (b.vote == result.answer, -abs(b.completion.output_tokens - 120)))
+        console.print(Text(f"one of {len(usable)} samples: {_short(told.completion.text, 600)}", style="dim"))
     if result.error:
         console.print(Text(f"failed: {result.error}", style="red"))
     for answer, weight in sorted(result.votes.items(), key=lambda item: -item[1]):
@@ -108,7 +114,7 @@ def print_line(problem: Problem, result: Result, console: Console = stderr) -> N
         for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4]
     )
     question = _short(
-        problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 46
+        problem.text.removeprefix("State the final answer to the following arithmetic problem: "), 36
     )
     line = Text.assemble(
         (mark, style), f" {question:36}  ", (f"{_short(str(result.answer), 14):14}", "bold"), f"  {votes}"

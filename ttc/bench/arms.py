@@ -46,6 +46,8 @@ def ours(job: Job) -> Work:
     from ttc.api import Run, Settings, start_engine
 
     options: dict[str, Any] = {"concurrency": job.concurrency}
+    if job.url:
+        options["stream_interval"] = 32
     engine = start_engine(job.model, f"openai:{job.url}" if job.url else "vllm", **options)
     problems = job.load()
 
@@ -100,27 +102,24 @@ def bare(job: Job, *, serial: bool = False) -> Work:
 
 
 def client(job: Job) -> Work:
-    """A plain asyncio client of the server: one chat request a sample, ``concurrency`` at once, no streaming."""
-    import httpx
+    """A plain aiohttp client of the server: one chat request a sample, ``concurrency`` at once, no streaming."""
+    import aiohttp
 
     problems = job.load()
 
-    async def one(http: httpx.AsyncClient, gate: asyncio.Semaphore, problem: Problem) -> int:
+    async def one(http: aiohttp.ClientSession, problem: Problem) -> int:
         body = {
             "model": job.model, "messages": [dict(m) for m in problem.messages], "temperature": 1.0,
             "max_tokens": job.thinking_tokens + 32,
         }  # fmt: skip
-        async with gate:
-            reply = await http.post(f"{job.url}/v1/chat/completions", json=body)
-        return int(reply.raise_for_status().json()["usage"]["completion_tokens"])
+        async with http.post(f"{job.url}/v1/chat/completions", json=body) as reply:
+            reply.raise_for_status()
+            return int((await reply.json())["usage"]["completion_tokens"])
 
     async def everything() -> int:
-        limits = httpx.Limits(max_connections=job.concurrency, max_keepalive_connections=job.concurrency)
-        gate = asyncio.Semaphore(job.concurrency)
-        async with httpx.AsyncClient(limits=limits, timeout=600) as http:
-            return sum(
-                await asyncio.gather(*(one(http, gate, p) for p in problems for _ in range(job.samples)))
-            )
+        connector = aiohttp.TCPConnector(limit=job.concurrency)
+        async with aiohttp.ClientSession(connector=connector) as http:
+            return sum(await asyncio.gather(*(one(http, p) for p in problems for _ in range(job.samples))))
 
     return lambda turn: asyncio.run(everything())
 
