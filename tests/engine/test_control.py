@@ -21,7 +21,7 @@ class Batch:
     def __init__(self) -> None:
         from ttc.engine.control import ControlProcessor
 
-        self.processor = ControlProcessor(None, torch.device("cpu"), False)  # type: ignore[arg-type]
+        self.processor = ControlProcessor(None, torch.device("cpu"), False)
         self.outputs: list[list[int]] = []
         self.added: list[tuple[int, Any, None, list[int]]] = []
         self.removed: list[int] = []
