@@ -74,7 +74,7 @@ def solve(
     intensity: Annotated[float | None, typer.Option(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
     price_input: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
     price_output: Annotated[float | None, typer.Option(help="Dollars per million output tokens.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out bad rows and too long prompts.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Run the rest where rows are bad.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip

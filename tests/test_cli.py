@@ -149,6 +149,24 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(tmp_path: Path) -> None:
+    file, out = tmp_path / "problems.jsonl", tmp_path / "run"
+    rows = [{"id": "short", "prompt": "1 + 2 =", "answer": "3"}, {"id": "long", "prompt": "1 + " * 200, "answer": "3"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["solve", "--input", str(file), "--context", "256", "--out", str(out), "--max-thinking", "32"]
+    refused = ttc(*command)
+    assert refused.returncode == 2, refused.stderr
+    assert "prompt: long has" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not out.exists(), "nothing was begun"
+    done = ttc(*command, "--skip-bad-rows", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["problems"], summary["answered"], summary["skipped_rows"]) == (1, 1, 1)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [

@@ -144,7 +144,10 @@ class Run:
         )
         self.jury = Jury(info.format)
         probe = Driver(engine, self.policy, self.budget, self.jury, Ledger(), pricer, brief=brief)
-        probe.prepare(self.problems)  # refuses what can't run before anything is written
+        _, too_long = probe.prepare(self.problems)  # refuses what can't run before anything is written
+        if too_long:
+            more = f" ({len(too_long) - 1} more like it)" if len(too_long) > 1 else ""
+            raise InputError(next(iter(too_long.values())) + more)
         self.ledger = Ledger.open(out, self._config()) if out is not None else Ledger()
         self.resumed = len(self.ledger.results)
         self.driver = Driver(

@@ -98,6 +98,19 @@ class Control:
                 return True
             start += 1
 
+    def read_back(self) -> None:
+        """Read from the output what was forced, for a Control that was not there (preempted, or in another process)."""
+        written = self.output[self.due :]
+        for span in (self.close, self.lead):
+            if span and written and written[: len(span)] == span[: len(written)]:
+                self.done, self.pending, self.forced = (
+                    True,
+                    span[len(written) :],
+                    min(len(span), len(written)),
+                )
+                self.closed_by_force = span is self.close
+                return
+
 
 CONTROLS: dict[int, Control] = {}
 """Branches of in-process engines by their key. The engine adds before ``add_request`` and removes when the branch has ended."""
@@ -175,7 +188,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         control = control or Control.of(instructions)
         control.output, control.row = output, index
         if not control.done and len(output) > control.due:
-            self._recover(control)
+            control.read_back()
         self.rows[index] = control
         control.ends = tuple(sorted(params.all_stop_token_ids))
         control.open = not control.thought_closed()
@@ -187,16 +200,6 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             self._schedule(control)
         if control.signals:
             self.measured.append(control)
-
-    @staticmethod
-    def _recover(control: Control) -> None:
-        """A preempted row came back and its Control is gone (worker processes): read from the output what was forced."""
-        written = control.output[control.due :]
-        for span in (control.close, control.lead):
-            if span and written[: len(span)] == span[: len(written)]:
-                control.done, control.pending = True, span[len(written) :]
-                control.closed_by_force = span is control.close
-                return
 
     def _drop(self, control: Control | None) -> None:
         if control is None:

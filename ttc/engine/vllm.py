@@ -72,6 +72,8 @@ class VLLMEngine:
         self._llm = self._start(concurrency, context, dtype, engine_args or {})
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
+        # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
+        self._in_process = self._llm.vllm_config.parallel_config.world_size == 1
         self._close_ids = self._ids(self.files.format.close_text)
         self._lead_ids = self._ids(self.files.format.lead_text)
         self._end_ids = self._ids(self.files.format.think_close)
@@ -82,10 +84,10 @@ class VLLMEngine:
             concurrency=concurrency,
             format=self.files.format,
             sampling=self.files.sampling,
-            steerable=True,
+            steerable=self._in_process,
             shape=self.files.shape,
             thinking_tokens=self.files.thinking_tokens,
-            signals=("mean-logprob", "self-certainty"),
+            signals=("mean-logprob", "self-certainty") if self._in_process else (),
             identity={
                 **self.files.identity,
                 "vllm": _vllm_version(),
@@ -189,7 +191,8 @@ class VLLMEngine:
         except ValueError as error:  # vLLM's own validation of this one request
             self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
             return
-        CONTROLS[control.key or 0] = control
+        if self._in_process:
+            CONTROLS[control.key or 0] = control
         self._stats.requests += 1
         self._running[ticket] = _Running(control, len(ids))
 
@@ -247,6 +250,9 @@ class VLLMEngine:
         control = running.control
         CONTROLS.pop(control.key or 0, None)
         mean_logprob, self_certainty = confidence(control)
+        if not self._in_process:
+            control.output = running.ids
+            control.read_back()
         forced = min(control.forced, len(running.ids))
         return Completion(
             text=self._text(running.ids),
@@ -272,7 +278,7 @@ class VLLMEngine:
         from ttc.engine.control import steer_close
 
         running = self._running.get(ticket)
-        if running is not None and running.control.key is not None:
+        if running is not None and self._in_process and running.control.key is not None:
             steer_close(running.control.key)
             running.limit = running.control.due + self.room_tokens
 
