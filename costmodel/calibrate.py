@@ -164,13 +164,15 @@ def fit(
     weight_rate = min(step, start, weights * kv_rate) / weights
     flop_rate = min(sequence, shape.token_flops * linear_rate) / shape.token_flops
     terms = Terms(
-        step_fixed_s=step - weights * weight_rate,
+        step_fixed_s=max(
+            0.0, step - weights * weight_rate
+        ),  # rounding may take a difference of equals below 0
         weight_s_per_byte=weight_rate,
-        sequence_s=sequence - shape.token_flops * flop_rate,
+        sequence_s=max(0.0, sequence - shape.token_flops * flop_rate),
         decode_s_per_flop=flop_rate,
         kv_s_per_byte=kv_rate,
         search_s_per_byte=search_rate,
-        prefill_fixed_s=start - weights * weight_rate,
+        prefill_fixed_s=max(0.0, start - weights * weight_rate),
         prefill_s_per_flop=linear_rate,
         prefill_s_per_pair_flop=pair_rate,
     )

@@ -65,6 +65,23 @@ def test_a_noisy_machine_is_fitted_within_the_goal_and_says_so() -> None:
     assert 0.01 < profile.noise < 0.2
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.1, 1e-3, 7e-5])
+def test_a_machine_without_overheads_is_no_error(scale: float) -> None:
+    """A fixed cost that the weights explain to the last bit must not round to below zero."""
+
+    class Pure(Synthetic):
+        def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
+            weights = SHAPE.step_weight_bytes(1) / 6e9
+            if phase == "prefill":
+                return scale * (weights + sum(prefill_flops(SHAPE, context)) / 2e11)
+            kv, _ = decode_bytes(SHAPE, context, kv_budget, 32, "block")
+            return scale * (weights + batch * (SHAPE.token_flops / 2e11 + kv / 6e9))
+
+    terms = fit(SHAPE, measure(Pure(), design(), rounds=1)).terms
+    assert terms.step_fixed_s == pytest.approx(0.0, abs=1e-6 * scale)
+    assert terms.sequence_s == pytest.approx(0.0, abs=1e-6 * scale)
+
+
 def test_the_design_holds_out_inside_and_beyond() -> None:
     cells = design(batches=(1, 2, 4, 8), contexts=(64, 128, 256), kv_budgets=(100,))
     roles = {role: [c for c in cells if c.role == role] for role in ("fit", "inside", "beyond")}
