@@ -71,7 +71,7 @@ def test_a_machine_without_overheads_is_no_error(scale: float) -> None:
 
     class Pure(Synthetic):
         def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
-            weights = SHAPE.step_weight_bytes(1) / 6e9
+            weights = float(SHAPE.step_weight_bytes(1)) / 6e9
             if phase == "prefill":
                 return scale * (weights + sum(prefill_flops(SHAPE, context)) / 2e11)
             kv, _ = decode_bytes(SHAPE, context, kv_budget, 32, "block")
