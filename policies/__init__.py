@@ -15,11 +15,18 @@ from urllib.parse import parse_qsl
 
 from ttc.errors import InputError
 from ttc.jobs import Policy
+from ttc.policies.adaptive import Adaptive
+from ttc.policies.baselines import AdaptiveConsistency, DeepConf, EarlyStopping, ParallelProbe
 from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
 
 POLICIES: dict[str, type[Any]] = {
+    "adaptive": Adaptive,
+    "adaptive-consistency": AdaptiveConsistency,
     "best-of-n": BestOfN,
+    "deepconf": DeepConf,
+    "early-stopping": EarlyStopping,
     "greedy": Greedy,
+    "parallel-probe": ParallelProbe,
     "self-consistency": SelfConsistency,
     "weighted-vote": WeightedVote,
 }
@@ -78,4 +85,7 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
     return value
 
 
-__all__ = ["POLICIES", "BestOfN", "Greedy", "Policy", "SelfConsistency", "WeightedVote", "describe", "parse"]
+__all__ = [
+    "POLICIES", "Adaptive", "AdaptiveConsistency", "BestOfN", "DeepConf", "EarlyStopping", "Greedy", "ParallelProbe", "Policy",
+    "SelfConsistency", "WeightedVote", "describe", "parse",
+]  # fmt: skip

@@ -37,8 +37,19 @@ class Cashier:
         return self.most(job, job.brief.request(job.problem, 0), 1)
 
     def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
-        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens."""
+        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included."""
         tokens = thinking + self.engine.room_tokens
+        price = self.engine.info.probe_tokens or 0
+        if price and flight is not None:
+            tokens += price * len(flight.probes)
+        if price and request.probe_every:
+            start, every = (
+                max(request.probe_from, flight.tokens if flight is not None else 0, 1),
+                request.probe_every,
+            )
+            tokens += price * max(
+                0, thinking // every + -start // every + 1
+            )  # multiples of every in [start, thinking]
         passes = self.engine.info.prompt_passes
         prompt = job.prompt_tokens + len(request.prefix)  # a token has at least one character
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from ttc.budget import Budget, Meter, format_amount
 from ttc.cashier import LEASE, Cashier, rounded_up
-from ttc.engine.protocol import Engine, StepReport
+from ttc.engine.protocol import Engine, Probed, ProbingEngine, StepReport
 from ttc.errors import BudgetTooSmall, EngineError
 from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
@@ -36,15 +36,19 @@ from ttc.types import (
     Decision,
     Generate,
     Outcome,
+    Probe,
     Problem,
     Reply,
     Request,
     Result,
     Score,
+    Steer,
     Verdict,
     Work,
 )
 
+AHEAD = 0.25
+"""How much of what is left of a shared budget steered pieces may have under way: the rest waits for what those teach."""
 RETRIES = 2
 """How often the driver issues a failed request again (engines retry their own transport errors themselves)."""
 
@@ -80,12 +84,14 @@ class Driver:
         self.interrupted = False
         self._run_account = Account(Meter(budget.amount)) if budget.scope == "run" else None
         self._flights: dict[int, Flight] = {}
-        self._ready: list[tuple[int, int, int, Job]] = []
+        self._ready: list[tuple[float, int, int, Job]] = []
         self._parked: list[Job] = []
         self._ticket = self._pushes = 0
         self._stop = False
         self._done: deque[Result] = deque()
         self._begun = 0.0
+        self._touched: dict[int, Job] = {}  # steered jobs with something new for their policies
+        self._next_watch = 0.0
 
     # -- before anything runs ----------------------------------------------------------------------------------------------
     def prepare(self, problems: Sequence[Problem]) -> tuple[list[Job], dict[str, str]]:
@@ -109,7 +115,7 @@ class Driver:
             thinking = min(longest, self.base_brief.max_thinking_tokens)
             brief = replace(
                 self.base_brief, max_thinking_tokens=thinking, budget_amount=self.budget.amount,
-                budget_unit=self.budget.unit, budget_scope=self.budget.scope,
+                budget_unit=self.budget.unit, budget_scope=self.budget.scope, probe_tokens=info.probe_tokens,
             )  # fmt: skip
             account = self._run_account or Account(Meter(self.budget.amount))
             job = Job(order, problem, brief, prompt, account)
@@ -183,7 +189,9 @@ class Driver:
         self._take(report, now)
         if self.budget.unit == "seconds":
             self._watch_clock(now)
-        self._watch_stalls(now)
+        if now >= self._next_watch:
+            self._watch_stalls(now)
+            self._next_watch = now + self.stall_seconds / 50
         status = self.status
         status.running, status.seconds = len(self._flights), now - self._begun
         if self.on_step is not None:
@@ -202,11 +210,14 @@ class Driver:
             if flight.lease_end is not None and flight.tokens >= flight.lease_end:
                 self._extend(ticket, flight)
         self.status.running_tokens = running
+        for probed in report.probes:
+            self._hear(probed)
         for ticket, completion in report.finished:
             landed = self._flights.pop(ticket, None)
             if landed is not None:
                 self.status.running_tokens -= landed.tokens
                 self._land(ticket, landed, completion, now)
+        self._wake()
 
     def _drain_done(self) -> Iterator[Result]:
         while self._done:
@@ -249,6 +260,11 @@ class Driver:
             if isinstance(work, Score):
                 reply = self._score(job, work)
                 continue
+            if isinstance(work, Steer):
+                reply = self._steer(job, work)
+                if reply is None:
+                    return
+                continue
             if not work.requests:
                 reply = Reply(remaining=job.account.meter.remaining)
                 continue
@@ -256,6 +272,8 @@ class Driver:
             return
 
     def _accept(self, job: Job, work: Generate) -> None:
+        if job.flights or job.pending:
+            raise RuntimeError("steered branches are still running; cancel or await them before Generate")
         job.work, job.slots, job.arrived, job.cancelled = work, [None] * len(work.requests), [], False
         job.pending = deque(enumerate(work.requests))
         price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.requests)
@@ -273,8 +291,119 @@ class Driver:
         if job.work is work and job.pending:
             self._push(job)
 
+    # -- steered branches --------------------------------------------------------------------------------------------------
+    def _steer(self, job: Job, work: Steer) -> Reply | None:
+        """Do what ``work`` says and reply if something is new already; None: the policy waits."""
+        job.work, job.value, job.waits = work, work.value, True
+        for index in work.cancel:
+            self._cancel(job, index, work.why)
+        for index in work.close:
+            if index in job.tickets:
+                self._decide(job, f"close branch {index}", work.why, 0.0)
+                self.engine.steer(job.tickets[index], "close")
+        for index, start, every in work.probe:
+            if index in job.tickets:
+                self._probe(job, job.tickets[index], start, every, work.why)
+        if work.start:
+            price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.start)
+            self._decide(job, f"start {len(work.start)}", work.why, price)
+            known = {r.index: self.ledger.branch(job.problem.id, r) for r in work.start}
+            slot = len(job.slots)
+            job.slots.extend([None] * len(work.start))
+            fresh = [(slot + i, r) for i, r in enumerate(work.start) if known[r.index] is None]
+            job.pending.extend(fresh)
+            for _, branch in sorted((k for k in known.values() if k is not None), key=lambda item: item[0]):
+                self._arrive(job, slot, branch, replayed=True)
+            if fresh:
+                self._push(job)
+        return self._news(job)
+
+    def _news(self, job: Job) -> Reply | None:
+        """What a waiting policy has to know now, if anything."""
+        idle = not job.pending and not job.flights
+        loud = any(branch.index not in job.quiet for branch in job.news)
+        if not (loud or job.probed or idle):
+            return None
+        reply = Reply(
+            branches=tuple(job.news), probes=tuple(job.probed), remaining=job.account.meter.remaining,
+            running=len(job.flights) + len(job.pending),
+        )  # fmt: skip
+        job.news, job.probed, job.waits = [], [], False
+        return reply
+
+    def _wake(self) -> None:
+        """Tell the policies that wait what is new; end the problems whose policies have ended and whose branches have too."""
+        while self._touched:
+            job = self._touched.pop(min(self._touched))
+            if job.outcome is not None and not job.failed:
+                if not job.flights:
+                    self._finish(job, job.outcome)
+                continue
+            if not job.waits or job.failed:
+                continue
+            try:
+                reply = self._news(job)
+                if reply is not None:
+                    self._advance(job, reply)
+            except Exception as error:  # a policy's own failure is this problem's, not the run's
+                self._fail(job, f"policy {self.policy.name}: {type(error).__name__}: {error}")
+
+    def _cancel(self, job: Job, index: int, why: str) -> None:
+        job.quiet.add(index)
+        waiting = [(slot, r) for slot, r in job.pending if r.index == index]
+        if index in job.tickets:
+            self._decide(job, f"cancel branch {index}", why, 0.0)
+            self.engine.abort([job.tickets[index]])
+        for slot, request in waiting:
+            job.pending.remove((slot, request))
+            nothing = Completion("", "abort", 0, 0)
+            self._arrive(job, slot, Branch(job.problem.id, index, request.seed, nothing, None, None))
+
+    def _probe(self, job: Job, ticket: int, start: int, every: int, why: str) -> None:
+        """Have a running branch probed, if the most that this can cost fits."""
+        flight, engine = self._flights[ticket], self.engine
+        if self.engine.info.probe_tokens is None or not isinstance(engine, ProbingEngine):
+            return
+        probed = replace(flight.request, probe_from=start, probe_every=every)
+        until = flight.lease_end or probed.thinking_tokens
+        if not job.account.meter.hold(ticket, self.cashier.most(job, probed, until, flight)):
+            self._decide(job, f"no probes of branch {probed.index}", "the budget can't pay for them", 0.0)
+            return
+        flight.request = probed
+        self._decide(
+            job, f"probe branch {probed.index} every {every}", why, float(engine.info.probe_tokens or 0)
+        )
+        engine.probe(ticket, start, every)
+
+    def _hear(self, probed: Probed) -> None:
+        flight = self._flights.get(probed.ticket)
+        if flight is None:
+            return
+        job = flight.job
+        answer = self.judge.answer(job.problem, probed.text)
+        vote = self.judge.vote(job.problem, answer) if answer is not None else None
+        probe = Probe(flight.request.index, probed.tokens, vote)
+        flight.probes.append(probe)
+        job.probed.append(probe)
+        self._touched[job.order] = job
+
+    def _too_far_ahead(self, job: Job) -> bool:
+        """A steered piece beyond a problem's first waits while much of a shared budget is under way: what that teaches may
+        show a better use."""
+        account = job.account
+        if (
+            account is not self._run_account
+            or not job.started
+            or not isinstance(job.work, Steer)
+            or not account.flights
+        ):
+            return False
+        return account.planned + self.cashier.typical_cost(0.0) > AHEAD * account.meter.remaining
+
     def _push(self, job: Job) -> None:
-        first = job.started if self.budget.scope == "run" else 0
+        first = float(job.started) if self.budget.scope == "run" else 0.0
+        if first and isinstance(job.work, Steer):
+            first = 1 / (1 + job.value)  # the highest value first, after every problem's first branch
         self._pushes += 1
         heapq.heappush(self._ready, (first, job.order, self._pushes, job))
 
@@ -288,11 +417,14 @@ class Driver:
             job = heapq.heappop(self._ready)[3]
             if not job.pending:
                 continue
-            if self._start_next(job):
+            if self._too_far_ahead(job):
+                self._parked.append(job)
+            elif self._start_next(job):
                 if job.pending:
                     self._push(job)
             elif job.pending:
                 self._parked.append(job)
+            self._wake()
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
@@ -318,7 +450,9 @@ class Driver:
             self._deny(job)
             return True
         job.pending.popleft()
-        self._submit(job, slot, replace(request, thinking_tokens=thinking), Charge(), 0)
+        if thinking != request.thinking_tokens:
+            request = replace(request, thinking_tokens=thinking)
+        self._submit(job, slot, request, Charge(), 0)
         return True
 
     def _submit(self, job: Job, slot: int, request: Request, carried: Charge, attempts: int) -> None:
@@ -334,6 +468,7 @@ class Driver:
             job.account.started = now
         job.account.flights += 1
         job.flights.add(ticket)
+        job.tickets[request.index] = ticket
         job.started += 1
         self._flights[ticket] = flight
         self.engine.submit(ticket, request)
@@ -375,11 +510,13 @@ class Driver:
         job.account.flights -= 1
         job.account.planned -= flight.expected
         job.flights.discard(ticket)
+        job.tickets.pop(flight.request.index, None)
         self._unpark()
         retry = (
             completion.finish == "error"
             and flight.attempts < RETRIES
-            and not (job.cancelled or job.failed or self._stop)
+            and not (job.cancelled or job.failed or self._stop or job.outcome is not None)
+            and flight.request.index not in job.quiet
         )
         if retry and job.account.meter.fits(
             self.cashier.most(job, flight.request, flight.request.thinking_tokens)
@@ -400,7 +537,9 @@ class Driver:
         if completion.finish in ("stop", "length"):
             answer = self.judge.answer(problem, flight.request.prefix + completion.text)
             vote = self.judge.vote(problem, answer) if answer is not None else None
-        return Branch(problem.id, flight.request.index, flight.request.seed, completion, answer, vote, charge)
+        return Branch(
+            problem.id, flight.request.index, flight.request.seed, completion, answer, vote, charge, tuple(flight.probes)
+        )  # fmt: skip
 
     def _arrive(self, job: Job, slot: int, branch: Branch, *, replayed: bool = False) -> None:
         """A branch of the job's current work is there; replies to the policy when all are."""
@@ -418,6 +557,10 @@ class Driver:
             if not job.flights:
                 self._close_failed(job)
             return
+        if isinstance(job.work, Steer):
+            job.news.append(branch)
+            self._touched[job.order] = job
+            return
         try:
             self._consider(job)
         except Exception as error:
@@ -425,7 +568,7 @@ class Driver:
 
     def _consider(self, job: Job) -> None:
         work = job.work
-        assert work is not None
+        assert isinstance(work, Generate)
         if work.until is not None and not job.cancelled:
             finished = [b for b in job.arrived if b.finish not in ("denied", "abort")]
             if finished and work.until(finished):
@@ -463,8 +606,17 @@ class Driver:
 
     # -- the end of a problem ----------------------------------------------------------------------------------------------
     def _finish(self, job: Job, outcome: Outcome) -> None:
+        if job.flights or job.pending:  # a policy that steers has had its last word: nothing of it runs on
+            job.waits = False
+            for index in [r.index for _, r in job.pending] + sorted(job.tickets):
+                self._cancel(job, index, "the policy has ended")
+            if job.flights:
+                job.outcome = outcome
+                return
         if self._run_account is not None:
             self._run_account.meter.settle(-1 - job.order, 0.0)
+        if outcome.why:
+            self._decide(job, f"stop: {outcome.stop}", outcome.why, 0.0)
         verdict, right, error = self._verdicts(job, outcome.answer)
         if outcome.answer is None and not error:
             failures = [b.completion.error for b in job.branches if b.completion.error]

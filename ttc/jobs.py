@@ -11,7 +11,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ttc.budget import Meter
-from ttc.types import Branch, Brief, Charge, Decision, Generate, Problem, Request, Routine, Verdict
+from ttc.types import (
+    Branch,
+    Brief,
+    Charge,
+    Decision,
+    Generate,
+    Outcome,
+    Probe,
+    Problem,
+    Request,
+    Routine,
+    Steer,
+    Verdict,
+)
 
 
 class Policy(Protocol):
@@ -52,7 +65,8 @@ class Account:
 
 @dataclass(slots=True)
 class Job:
-    """One problem on its way."""
+    """One problem on its way. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the
+    policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its last word while branches still end."""
 
     order: int
     problem: Problem
@@ -60,7 +74,7 @@ class Job:
     prompt_tokens: int
     account: Account
     routine: Routine | None = None
-    work: Generate | None = None
+    work: Generate | Steer | None = None
     pending: deque[tuple[int, Request]] = field(default_factory=deque)
     slots: list[Branch | None] = field(default_factory=list)
     arrived: list[Branch] = field(default_factory=list)
@@ -73,6 +87,13 @@ class Job:
     cancelled: bool = False
     denied: bool = False
     failed: str = ""
+    tickets: dict[int, int] = field(default_factory=dict)
+    news: list[Branch] = field(default_factory=list)
+    probed: list[Probe] = field(default_factory=list)
+    quiet: set[int] = field(default_factory=set)
+    waits: bool = False
+    outcome: Outcome | None = None
+    value: float = 0.0
 
 
 @dataclass(slots=True)
@@ -91,6 +112,7 @@ class Flight:
     carried: Charge = Charge()
     expected: float = 0.0
     closing: bool = False
+    probes: list[Probe] = field(default_factory=list)
 
 
 @dataclass(slots=True)

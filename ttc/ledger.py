@@ -1,7 +1,7 @@
 """The ledger of a run: what happened, one line at a time, on disk before anyone acts on it.
 
 A run directory holds ``run.json`` (configuration, seed, versions, model, machine), ``branches.jsonl`` (one whole line per finished
-branch, flushed and synced before its policy sees it), ``decisions.jsonl`` and ``results.jsonl``. Opening it again resumes: a torn
+branch, flushed before its policy sees it), ``decisions.jsonl`` and ``results.jsonl``. Opening it again resumes: a torn
 last line is dropped, and a changed configuration refused. The ledger, not the seed, is the record: bf16 samples depend on the batch
 that they ran in. Knows no prices and no engine.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from ttc.errors import InputError
-from ttc.types import Branch, Charge, Completion, Decision, Request, Result, Verdict
+from ttc.types import Branch, Charge, Completion, Decision, Probe, Request, Result, Verdict
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -132,15 +132,21 @@ class Ledger:
 
     # -- writing -----------------------------------------------------------------------------------------------------------
     def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
+        if not self._files:
+            return
         row = branch_to_json(branch) | {"digest": request.digest()}
         if request.prefix:
             row["prefix"] = request.prefix
         self._append("branches", row | ({"interrupted": True} if interrupted else {}), sync=True)
 
     def write_result(self, result: Result) -> None:
+        if not self._files:
+            return
         self._append("results", result_to_json(result), sync=True)
 
     def write_decision(self, decision: Decision) -> None:
+        if not self._files:
+            return
         self._append("decisions", asdict(decision))
 
     def _append(self, name: str, row: Mapping[str, Any], *, sync: bool = False) -> None:
@@ -172,7 +178,7 @@ def branch_to_json(branch: Branch) -> dict[str, Any]:
         "vote": branch.vote,
         "completion": completion,
         "charge": _without_defaults(branch.charge),
-    }
+    } | ({"probes": [[p.tokens, p.vote] for p in branch.probes]} if branch.probes else {})
 
 
 def branch_from_json(row: Mapping[str, Any]) -> Branch:
@@ -185,6 +191,7 @@ def branch_from_json(row: Mapping[str, Any]) -> Branch:
             answer=row["answer"],
             vote=row["vote"],
             charge=_build(Charge, row["charge"]),
+            probes=tuple(Probe(row["index"], tokens, vote) for tokens, vote in row.get("probes", ())),
         )
     except (KeyError, TypeError) as error:
         raise InputError(

@@ -53,7 +53,7 @@ class Pricer:
 
     def charge(self, request: Request, completion: Completion, seconds: float) -> Charge:
         """The price of what the engine did for one branch, whatever its end."""
-        tokens = completion.output_tokens
+        tokens = completion.output_tokens + completion.probe_tokens
         flops = moved = eflops = own = 0.0
         if self.shape is not None and tokens:
             cost = full(
@@ -70,6 +70,7 @@ class Pricer:
         return Charge(
             tokens_generated=completion.generated_tokens,
             tokens_forced=completion.forced_tokens,
+            tokens_probe=completion.probe_tokens,
             tokens_prompt=completion.prompt_tokens,
             flops=flops,
             bytes=moved,

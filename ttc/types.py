@@ -84,6 +84,8 @@ class Request:
     ``index`` numbers the requests of a problem in the order in which its policy issued them; with the run seed and the problem's
     id it fixes ``seed``. ``prefix`` is text already written that the engine continues. ``signals`` names confidence measures to
     compute ("mean-logprob", "self-certainty"). ``effort`` in (0, 1] goes into the chat template of models that know it.
+    ``probe_every`` N > 0 asks an engine that can for the branch's anytime answer after each multiple of N tokens, the first at
+    or after ``probe_from`` (where a probe is, changes nothing of the branch itself).
     """
 
     problem: Problem
@@ -96,6 +98,8 @@ class Request:
     effort: float | None = None
     kv_budget: int | None = None
     kv_method: str | None = None
+    probe_from: int = 0
+    probe_every: int = 0
 
     def digest(self) -> str:
         """A fingerprint of all that shapes the sample: what a resumed run compares before it trusts a recorded branch."""
@@ -110,7 +114,8 @@ class Request:
 class Completion:
     """What the engine made of a request, in the engine's own counts.
 
-    ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans). ``weight_reads`` is the branch's share of the
+    ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans); ``probe_tokens`` is what its anytime answers
+    cost, beside the branch. ``weight_reads`` is the branch's share of the
     engine's passes over the weights: the sum over its steps of 1 / (sequences in that step), None where the engine can't see its
     batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None unless the request asked for them.
     """
@@ -127,6 +132,7 @@ class Completion:
     mean_logprob: float | None = None
     self_certainty: float | None = None
     error: str = ""
+    probe_tokens: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -156,16 +162,31 @@ class Charge:
         return self.tokens_generated + self.tokens_forced + self.tokens_probe + self.tokens_judge
 
     def __add__(self, other: Charge) -> Charge:
-        return Charge(*(getattr(self, name) + getattr(other, name) for name in CHARGE_FIELDS))
+        return Charge(  # written out: replays add hundreds of thousands
+            self.tokens_generated + other.tokens_generated, self.tokens_forced + other.tokens_forced,
+            self.tokens_probe + other.tokens_probe, self.tokens_judge + other.tokens_judge,
+            self.tokens_prompt + other.tokens_prompt, self.flops + other.flops, self.bytes + other.bytes,
+            self.eflops + other.eflops, self.eflops_kinetics + other.eflops_kinetics, self.seconds + other.seconds,
+            self.dollars + other.dollars,
+        )  # fmt: skip
 
 
 CHARGE_FIELDS = tuple(Charge.__slots__)
 
 
+class Probe(NamedTuple):
+    """An anytime answer: what branch number ``branch`` says after ``tokens`` tokens when it is made to answer (None: nothing)."""
+
+    branch: int
+    tokens: int
+    vote: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A finished request. ``answer`` is what was extracted (None: nothing could be); ``vote`` the representative of its class of
-    equal answers, by the verifier's own notion of equality; ``finish`` "denied" means the budget could not pay for it."""
+    equal answers, by the verifier's own notion of equality; ``finish`` "denied" means the budget could not pay for it; ``probes``
+    are its anytime answers, in order."""
 
     problem_id: str
     index: int
@@ -174,6 +195,7 @@ class Branch:
     answer: str | None
     vote: str | None
     charge: Charge = Charge()
+    probes: tuple[Probe, ...] = ()
 
     @property
     def finish(self) -> Finish:
@@ -204,25 +226,56 @@ class Score:
     why: str = ""
 
 
-Work = Generate | Score
+class Probing(NamedTuple):
+    """A wish for anytime answers of running branch number ``branch``: from ``start`` tokens on, at each multiple of ``every``."""
+
+    branch: int
+    start: int
+    every: int
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Work, one piece at a time: start these requests, cancel, close or probe running branches (by request index), and let the
+    others run on. The driver replies as soon as something new is known: branches that ended, anytime answers, or that nothing is
+    running any more. A branch that the policy cancelled ends with finish "abort", and wakes nobody.
+
+    ``value`` is the policy's estimate of what the started piece adds to P(right answer) for each token; a budget that many problems
+    share is spent on the highest values first. A routine that returns leaves nothing running: the driver cancels the rest.
+    """
+
+    start: tuple[Request, ...] = ()
+    cancel: tuple[int, ...] = ()
+    close: tuple[int, ...] = ()
+    probe: tuple[Probing, ...] = ()
+    why: str = ""
+    value: float = 0.0
+
+
+Work = Generate | Score | Steer
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the driver sends back for a piece of work. ``remaining`` is what is left of the scope's budget, in its unit."""
+    """What the driver sends back for a piece of work. ``remaining`` is what is left of the scope's budget, in its unit; ``running``
+    how many branches of a ``Steer`` are on their way."""
 
     branches: tuple[Branch, ...] = ()
     scores: tuple[float, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    running: int = 0
     remaining: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A policy's last word on a problem. ``votes`` maps each answer to its weight; ``stop`` says why it ended."""
+    """A policy's last word on a problem. ``votes`` maps each answer to its weight; ``stop`` says in a word why it ended, ``why`` in
+    a sentence, for the decision log."""
 
     answer: str | None
     stop: str
     votes: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
 
 
 Routine = Generator[Work, Reply, Outcome]
@@ -232,7 +285,8 @@ Routine = Generator[Work, Reply, Outcome]
 class Brief:
     """What a policy may know when it starts on a problem: no clock, no engine, no prices but these.
 
-    ``max_thinking_tokens`` is the longest thought that the context allows beside this prompt and the room for an answer.
+    ``max_thinking_tokens`` is the longest thought that the context allows beside this prompt and the room for an answer;
+    ``probe_tokens`` the price of an anytime answer (None: this engine gives none).
     """
 
     seed: int
@@ -244,6 +298,7 @@ class Brief:
     effort: float | None = None
     kv_budget: int | None = None
     kv_method: str | None = None
+    probe_tokens: int | None = None
 
     def request(self, problem: Problem, index: int, **changes: Any) -> Request:
         """The run's standard request for one more branch of ``problem``; ``changes`` override its fields."""

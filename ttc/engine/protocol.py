@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
 
@@ -21,8 +21,10 @@ class EngineInfo:
     """What an engine is: facts fixed at start-up.
 
     ``context`` is the longest sequence (prompt + output) in tokens; ``concurrency`` how many branches run at once; ``steerable``
-    whether ``steer`` takes effect within one step; ``shape`` is None where the model's config is unknown (a remote server), and
-    FLOPs can't be charged then. ``identity`` names model and versions for run.json: a resumed run must match it.
+    whether ``steer`` acts within one step; ``shape`` is None where the model's config is unknown (a remote server), and
+    FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine
+    can't probe; one that can is a ``ProbingEngine``). ``identity`` names model and versions for run.json, which a
+    resumed run must match.
     """
 
     name: str
@@ -36,6 +38,7 @@ class EngineInfo:
     prompt_passes: int = 1
     thinking_tokens: int = 0
     signals: tuple[str, ...] = ()
+    probe_tokens: int | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -46,20 +49,29 @@ class Progress(NamedTuple):
     weight_reads: float | None
 
 
+class Probed(NamedTuple):
+    """An anytime answer of a running branch: where it was, and the text as if it had been made to answer there."""
+
+    ticket: int
+    tokens: int
+    text: str
+
+
 @dataclass(slots=True)
 class StepReport:
-    """What one ``step`` brought: the branches that ended, and where each running one is (only those that moved)."""
+    """What one ``step`` brought: the branches that ended, where each running one is (those that moved), anytime answers."""
 
     finished: list[tuple[int, Completion]] = field(default_factory=list)
     progress: dict[int, Progress] = field(default_factory=dict)
+    probes: list[Probed] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
     """The engine's own totals since it was opened: what the ledger must agree with.
 
-    ``output_tokens`` are generated + forced, those of cancelled branches included; ``prompt_tokens`` every prompt token handed
-    over, cached or not; ``steps`` the passes over the weights (0 where unseen).
+    ``output_tokens`` are generated + forced + probes, those of cancelled branches included; ``prompt_tokens`` every prompt token
+    handed over, cached or not; ``steps`` the passes over the weights (0 where unseen).
     """
 
     requests: int = 0
@@ -105,4 +117,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything; idempotent."""
+        ...
+
+
+@runtime_checkable
+class ProbingEngine(Protocol):
+    """What an engine with ``info.probe_tokens`` can do besides: ask running branches for anytime answers. Each costs at most that
+    many tokens and leaves its branch as it was; ``Request.probe_every`` asks for them from the start."""
+
+    def probe(self, ticket: int, start: int, every: int) -> None:
+        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens. Unknown tickets are ignored."""
         ...

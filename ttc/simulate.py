@@ -1,0 +1,140 @@
+"""Replays of recorded pools: any policy, through the same driver, many times with the branches in another order.
+
+``simulate`` is ``ttc simulate``: accuracy with its interval, tokens, the longest dependent chain, probes, samples, overrun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttc.budget import Budget
+from ttc.costmodel.accuracy import bootstrap
+from ttc.costmodel.pools import read
+from ttc.costmodel.records import Pool
+from ttc.driver import Driver
+from ttc.engine.replay import NOTHING, RecordedJudge, ReplayEngine
+from ttc.errors import InputError
+from ttc.jobs import Policy
+from ttc.ledger import Ledger
+from ttc.policies import parse
+from ttc.pricing import Pricer
+from ttc.types import Brief
+
+UNLIMITED = Budget(1e15, "tokens")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """What a policy did on a pool: arrays (shuffles, problems) of right or wrong, tokens, the longest chain, probe tokens and
+    branches; ``stops`` counts why problems ended, ``overrun`` is the largest excess over the budget, ``errors`` by problem."""
+
+    right: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    chain: NDArray[np.float64]
+    probes: NDArray[np.float64]
+    samples: NDArray[np.float64]
+    stops: Mapping[str, int]
+    overrun: float
+    errors: Mapping[str, str]
+    answered: int
+
+    def summary(self) -> dict[str, Any]:
+        """The object of ``ttc simulate --json``. ``accuracy_ci95`` is over problems (bootstrap), ``shuffle_sd`` the standard
+        deviation of the mean of one shuffle."""
+        estimate = bootstrap(self.right.mean(axis=0))
+        return {
+            "accuracy": float(self.right.mean()),
+            "accuracy_ci95": [estimate.low, estimate.high],
+            "accuracy_shuffle_se": float(self.right.mean(axis=1).std() / max(len(self.right), 2) ** 0.5),
+            "tokens_per_problem": float(self.tokens.mean()),
+            "sequential_tokens_per_problem": float(self.chain.mean()),
+            "probe_tokens_per_problem": float(self.probes.mean()),
+            "samples_per_problem": float(self.samples.mean()),
+            "overrun": self.overrun,
+            "problems": self.right.shape[1],
+            "answered": self.answered,
+            "shuffles": self.right.shape[0],
+            "stopped": dict(self.stops),
+            "errors": dict(self.errors),
+        }
+
+
+def load(path: str | Path) -> Pool:
+    """A pool of branches in any format that ``ttc`` reads. Raises InputError, also for a table of published curves."""
+    found = read(path)[0]
+    if not isinstance(found, Pool):
+        raise InputError(
+            f"pool {path}: a table of published accuracies can't be replayed; give recorded branches"
+        )
+    return found
+
+
+def replay(
+    pool: Pool, policy: Policy, *, budget: Budget = UNLIMITED, shuffles: int = 100, max_branches: int = 64,
+    free_probes: bool = False, abstain: bool = False, seed: int = 0,
+) -> Replay:  # fmt: skip
+    """Run ``policy`` over all problems of ``pool``, ``shuffles`` times. ``max_branches`` 0 is all.
+    ``abstain``: branches without an answer don't vote."""
+    count = len(pool.problems)
+    place = {p.id: i for i, p in enumerate(pool.problems)}
+    if len(place) != count:
+        raise InputError(f"pool {pool.name}: two problems have the same id")
+    right, tokens, chain, probes, samples = (np.zeros((shuffles, count)) for _ in range(5))
+    stops: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    overrun, answered = 0.0, 0
+    for shuffle in range(shuffles):
+        engine = ReplayEngine(
+            pool, seed + shuffle, max_branches, concurrency=count * (max_branches or 4096), free_probes=free_probes,
+            unanswered=None if abstain else NOTHING,
+        )  # fmt: skip
+        driver = _driver(engine, policy, budget, seed + shuffle)
+        for result in driver.run(engine.problems()):
+            at = (shuffle, place[result.problem_id])
+            right[at] = result.verdict is not None and result.verdict.correct
+            tokens[at], probes[at] = result.charge.tokens, result.charge.tokens_probe
+            chain[at] = engine.chains.get(result.problem_id, 0)
+            samples[at] = sum(b.completion.output_tokens > 0 for b in result.branches)
+            stops[result.stop] = stops.get(result.stop, 0) + 1
+            answered += result.answer is not None
+            if result.error:
+                errors[result.problem_id] = result.error
+        overrun = max(overrun, driver.overrun)
+    return Replay(right, tokens, chain, probes, samples, stops, overrun, errors, answered)
+
+
+def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int) -> Driver:
+    info = engine.info
+    missing = sorted(set(getattr(policy, "signals", ())) - set(info.signals))
+    if missing:
+        raise InputError(f"policy: {policy.name} needs {missing[0]}, which this pool has not recorded")
+    brief = Brief(seed=seed, max_thinking_tokens=info.context, sampling=info.sampling)
+    return Driver(
+        engine, policy, budget, RecordedJudge(), Ledger(), Pricer(None, info.concurrency, False),
+        brief=brief, clock=engine.clock, stall_seconds=float("inf"),
+    )  # fmt: skip
+
+
+def simulate(
+    path: str | Path, policy: str, *, budget: str | None = None, scope: str = "problem", **options: Any
+) -> dict[str, Any]:
+    """``ttc simulate``: read, replay, sum up. ``options`` are ``replay``'s. Raises InputError."""
+    chosen = parse(policy)
+    amount = (
+        Budget.parse(budget, scope)
+        if budget is not None
+        else Budget(1e15, "tokens", "run" if scope == "run" else "problem")
+    )
+    for name in ("shuffles", "max_branches"):
+        if options.get(name, 1) < 1:
+            raise InputError(f"{name.replace('_', '-')}: {options[name]} is not 1 or more")
+    return replay(load(path), chosen, budget=amount, **options).summary()
+
+
+__all__: Sequence[str] = ["Replay", "load", "replay", "simulate"]
