@@ -1,8 +1,7 @@
 """A run directory of ours as a pool: branches from ``branches.jsonl``, right or wrong from ``results.jsonl``.
 
-The ledger keeps no gold answers: a branch is right if it is in the class of a final answer that was judged
-correct. Where the final answer was judged wrong, no branch counts as right, so coverage from a ledger is a
-lower bound (``vote`` is not).
+The ledger keeps no gold answers, but every class of answers was judged when its problem ended: ``right`` lists those that are
+correct, and a branch is right if its vote is among them.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def pool_of_run(folder: Path) -> Pool:
 
 
 def _problem(problem: str, branches: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> PooledProblem:
-    gold = result["answer"] if result["verdict"]["correct"] else None
-    codes: dict[str, int] = {} if gold is None else {str(gold): 0}
+    codes = {str(vote): 0 for vote in result["right"]}
     final = []
     for branch in branches:
         vote = branch.get("vote")

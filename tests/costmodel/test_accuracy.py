@@ -121,19 +121,20 @@ def test_our_run_folders(tmp_path: Path) -> None:
 
     (tmp_path / "run.json").write_text(json.dumps({"model": "nano-s", "kv_budget": 64}))
     lines = [branch("p", 0, "7"), branch("p", 1, "8"), branch("q", 0, "1"), branch("q", 1, None)]
+    lines.append(branch("q", 2, "3"))
     lines += [branch("p", 2, "9", interrupted=True), branch("r", 0, "5")]
     (tmp_path / "branches.jsonl").write_text("\n".join(lines) + "\n")
     right, wrong = {"correct": True, "score": 1.0}, {"correct": False, "score": 0.0}
     results = [
-        {"problem": "p", "answer": "7", "verdict": right},
-        {"problem": "q", "answer": "1", "verdict": wrong},
+        {"problem": "p", "answer": "7", "verdict": right, "right": ["7"]},
+        {"problem": "q", "answer": "1", "verdict": wrong, "right": ["3"]},
     ]
     (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(r) for r in results) + "\n")
     (pool,) = read(tmp_path)
     assert isinstance(pool, Pool)
     assert (pool.model, pool.kv_budget, len(pool.problems)) == ("nano-s", 64, 2)
-    assert [p.final.tolist() for p in pool.problems] == [[0, 1], [1, -1]]
-    assert pool.tokens.tolist() == [42.0] * 4
+    assert [p.final.tolist() for p in pool.problems] == [[0, 1], [1, -1, 0]]
+    assert pool.tokens.tolist() == [42.0] * 5
 
 
 def test_a_run_of_the_driver_reads_back(tmp_path: Path) -> None:
