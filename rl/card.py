@@ -41,7 +41,7 @@ def ship(run: Path, name: str, tasks: Sequence[str], training: Mapping[str, Any]
     """Copy a run's model into the package as ``name``, with a card that waits for its evaluation."""
     folder = ttc.nano.ROOT / name
     folder.mkdir(exist_ok=True)
-    for file in (run / "model").iterdir():
+    for file in [*(run / "model").iterdir(), run / "loss.json"]:
         shutil.copy(file, folder / file.name)
     info = {
         "name": name,
@@ -106,6 +106,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: {rows[0]['problems']} problems",
         f"a row, {rows[0]['samples']} samples each at temperature 1; reasoning-gym's generator (items",
         f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems.",
+        "Triggers and efforts have half as many samples.",
         "",
         "| task | pass@1 | coverage@8 | majority@8 | thinking tokens: median, 99th percentile |",
         "| --- | --- | --- | --- | --- |",
@@ -128,7 +129,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
     for task, table in evaluation["triggers"].items():
         lines += [
             "",
-            f"Triggers put behind the first conclusion, k of them ({_short(task)}):",
+            f"Thinking cut at its first conclusion, then k triggers behind it, one at a time ({_short(task)}):",
             "",
             "| trigger | k | pass@1 | thinking tokens, mean |",
             "| --- | --- | --- | --- |",
@@ -164,4 +165,5 @@ def _short(task: str) -> str:
         return task
     name, *numbers = match.groups()
     (a, b), (c, d) = numbers[:2], numbers[2:]
-    return f"{name}, {a if a == b else f'{a} to {b}'} terms of {c if c == d else f'{c} to {d}'} digits"
+    digits = "1 digit" if c == d == "1" else f"{c if c == d else f'{c} to {d}'} digits"
+    return f"{name}, {a if a == b else f'{a} to {b}'} terms of {digits}"
