@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from ttc.cli import costs, info, measure, solve
+from ttc.cli import costs, info, measure, report, simulate, solve
 from ttc.errors import InputError, TTCError
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
@@ -30,6 +30,8 @@ app.command("plan")(costs.plan)
 app.command("cost")(costs.cost)
 app.command("frontier")(costs.frontier)
 app.command("calibrate")(costs.calibrate)
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
 app.command("models")(info.models)
 app.command("doctor")(info.doctor)
 app.add_typer(measure.app, name="bench")

@@ -60,15 +60,15 @@ class Ballot:
 class Adaptive:
     """See the module. ``price`` is what a branch must add to P(right); ``confidence`` stops earlier, once the leader is the most
     frequent answer with that probability; ``width`` branches start side by side (latency for tokens). ``mean`` and ``spread``
-    are the prior's (``posterior``), fitted by ``ttc simulate-fit``; the rest was set once, by hand."""
+    are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set by hand, on both AIME pools."""
 
     max_samples: int = 16
-    price: float = 0.008
+    price: float = 0.014
     confidence: float = 1.0
     width: int = 1
-    agree: int = 4
+    agree: int = 2
     agree_other: int = 8
-    after: float = 0.7
+    after: float = 0.85
     patience: float = 0.67
     probe_every: int = 500
     mean: float = 0.08

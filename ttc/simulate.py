@@ -138,3 +138,9 @@ def simulate(
 
 
 __all__: Sequence[str] = ["Replay", "load", "replay", "simulate"]
+
+
+if __name__ == "__main__":
+    from ttc.crossfit import main
+
+    main()

@@ -1,0 +1,195 @@
+"""Policies: each is a value that travels; the published ones land on their published figures; adaptive's prior is learnt right."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from tests.test_replay import make_pool, replay_driver
+from ttc.budget import Budget
+from ttc.cli.main import app
+from ttc.costmodel.records import Pool, PooledProblem
+from ttc.engine.replay import ReplayEngine
+from ttc.errors import InputError
+from ttc.ledger import Ledger
+from ttc.policies import POLICIES, Adaptive, describe, parse
+from ttc.policies.baselines import beta_confidence, dirichlet_confidence
+from ttc.policies.posterior import concentration, fit, value_table
+from ttc.simulate import load, replay, simulate
+
+POOLS = Path(__file__).parents[3] / "shared" / "pools"
+needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="the recorded pools are not on this machine")
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_policies_travel_and_are_read_back_as_described(name: str) -> None:
+    policy = parse(name)
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert parse(describe(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "adaptive?price=2",
+        "adaptive?width=0",
+        "adaptive-consistency?rule=flat",
+        "early-stopping?window=99",
+        "parallel-probe?n=0",
+    ],
+)
+def test_options_without_sense_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse(text)
+
+
+def test_beta_confidence_is_the_beta_distribution() -> None:
+    for first, second in [(1, 0), (2, 0), (4, 0), (5, 1), (9, 4), (40, 23)]:
+        assert beta_confidence(first, second) == pytest.approx(
+            stats.beta.sf(0.5, first + 1, second + 1), abs=1e-12
+        )
+
+
+def test_dirichlet_confidence_is_the_share_of_draws() -> None:
+    rng = np.random.default_rng(0)
+    for counts in [(3, 1), (4, 2, 2), (5, 1, 1, 1), (2, 2)]:
+        draws = rng.dirichlet([c + 1 for c in counts], 200_000)
+        assert dirichlet_confidence(counts) == pytest.approx((draws.argmax(axis=1) == 0).mean(), abs=0.005)
+
+
+def test_concentration_is_found_again() -> None:
+    rng = np.random.default_rng(1)
+    for alpha in (0.3, 1.0, 5.0):
+        found = []
+        for _ in range(40):
+            urn: list[int] = []
+            for n in range(128):  # Hoppe's urn: Ewens' sampling formula
+                new = rng.random() < alpha / (alpha + n)
+                urn.append(max(urn, default=-1) + 1 if new else urn[rng.integers(n)])
+            found.append(concentration(len(set(urn)), 128))
+        assert np.mean(found) == pytest.approx(np.log(alpha), abs=0.5)
+    assert fit([[0, 0, -1, -1], [0, 1, 2, 3]])[0] > fit([[0, 0, 0, 0], [0, 0, 0, 1]])[0]
+
+
+def test_a_vote_is_worth_less_the_surer_the_leader_is() -> None:
+    table = value_table(0.08, 2.2)
+    assert table.price(0, 0, 0) == float("inf")
+    assert table.price(1, 1, 2) > table.price(1, 0, 1) > table.price(2, 0, 2) > table.price(4, 0, 4)
+    assert table.price(2, 1, 3) > table.price(3, 1, 4) > table.price(5, 1, 6)
+    assert table.sure(3, 0, 3) > table.sure(2, 0, 2) > table.sure(1, 0, 1) > table.sure(1, 1, 2)
+    assert table.price(1, 1, 8) < table.price(1, 1, 3), "scattered answers are given up"
+
+
+def test_a_higher_price_buys_fewer_tokens() -> None:
+    pool = make_pool(20, 40, seed=2)
+    spent = [replay(pool, Adaptive(price=p), shuffles=5).tokens.mean() for p in (0.001, 0.01, 0.05, 0.5)]
+    assert spent == sorted(spent, reverse=True) and spent[0] > 1.5 * spent[-1]
+
+
+def test_width_shortens_the_chain() -> None:
+    pool = make_pool(20, 40, seed=2)
+    narrow, wide = (replay(pool, Adaptive(width=w), shuffles=5) for w in (1, 4))
+    assert wide.chain.mean() < 0.8 * narrow.chain.mean()
+
+
+def test_late_branches_are_cut_where_probes_exist_and_policies_work_without() -> None:
+    tokens, final = np.full(8, 1000.0), np.zeros(8, dtype=np.int64)
+    probed = Pool(
+        "p", (PooledProblem("q", tokens, final, np.zeros((8, 100), dtype=np.int64)),), probe_every=10
+    )
+    bare = Pool("p", (PooledProblem("q", tokens, final, np.empty((8, 0), dtype=np.int64)),))
+    policy = parse("adaptive?probe_every=10&price=0.001&after=0.3&patience=1")
+    cut, whole = (replay(pool, policy, shuffles=1) for pool in (probed, bare))
+    assert cut.right.all() and whole.right.all()
+    assert cut.samples.sum() == whole.samples.sum()
+    assert cut.tokens.sum() < 0.8 * whole.tokens.sum()
+
+
+def test_a_run_of_ours_is_a_pool_and_its_replay_agrees(tmp_path: Path) -> None:
+    """What a live run says and what the replay of its own ledger says are the same, up to the order of branches."""
+    engine = ReplayEngine(make_pool(6, 40, every=0, seed=4))
+    ledger = Ledger.open(tmp_path, {"model": "pool"})
+    results = list(
+        replay_driver(engine, parse("self-consistency?n=8"), Budget(1e6, "tokens"), ledger).run(
+            engine.problems()
+        )
+    )
+    ledger.close()
+    again = simulate(tmp_path, "self-consistency?n=8", shuffles=1)
+    assert again["tokens_per_problem"] == pytest.approx(np.mean([r.charge.tokens for r in results]))
+    assert again["accuracy"] == np.mean([r.verdict is not None and r.verdict.correct for r in results])
+
+
+def test_the_commands_speak_json_and_words(tmp_path: Path) -> None:
+    engine = ReplayEngine(make_pool(3, 40, seed=4))
+    ledger = Ledger.open(tmp_path / "run", {"model": "pool"})
+    list(
+        replay_driver(engine, parse("adaptive?probe_every=10"), Budget(1e6, "tokens"), ledger).run(
+            engine.problems()
+        )
+    )
+    ledger.close()
+    runner = CliRunner()
+    told = runner.invoke(app, ["report", str(tmp_path / "run"), "--json"], catch_exceptions=False)
+    problems = json.loads(told.stdout)["problems"]
+    assert {p["problem"] for p in problems} == {"q0", "q1", "q2"}
+    assert all(p["decisions"][-1]["what"].startswith("stop") and p["branches"] for p in problems)
+    shown = runner.invoke(
+        app, ["report", str(tmp_path / "run"), "--problem", "q1"], catch_exceptions=False
+    ).stdout
+    assert "q1" in shown and "branches" in shown and "stop: " in shown
+    args = ["simulate", "--pool", str(tmp_path / "run"), "--policy", "adaptive", "--shuffles", "2", "--json"]
+    found = json.loads(runner.invoke(app, args, catch_exceptions=False).stdout)
+    for key in (
+        "accuracy",
+        "accuracy_ci95",
+        "tokens_per_problem",
+        "sequential_tokens_per_problem",
+        "probe_tokens_per_problem",
+    ):
+        assert key in found
+    assert found["overrun"] == 0
+
+
+@needs_pools
+@pytest.mark.parametrize(
+    ("policy", "aime24", "aime25"),
+    [
+        ("self-consistency?n=64", (0.804, 910.8e3), (0.767, 1124.4e3)),
+        ("adaptive-consistency", (0.804, 226.0e3), (0.767, 406.2e3)),
+        ("early-stopping", (0.804, 459.4e3), (0.767, 793.1e3)),
+    ],
+)
+def test_published_policies_land_on_their_published_figures(
+    policy: str, aime24: tuple[float, float], aime25: tuple[float, float]
+) -> None:
+    for name, (accuracy, tokens) in (("aime24", aime24), ("aime25", aime25)):
+        found = simulate(POOLS / f"qwen3-8b_{name}.json", policy, shuffles=30)
+        assert found["accuracy"] == pytest.approx(accuracy, abs=0.012)
+        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
+
+
+@needs_pools
+def test_parallel_probe_lands_on_its_published_figures() -> None:
+    for name, accuracy, tokens, chain in (
+        ("aime24", 0.815, 730.8e3, 20.3e3),
+        ("aime25", 0.769, 846.7e3, 21.9e3),
+    ):
+        found = simulate(POOLS / f"qwen3-8b_{name}.json", "parallel-probe", shuffles=6, free_probes=True)
+        assert found["accuracy"] == pytest.approx(accuracy, abs=0.025)
+        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
+        assert found["sequential_tokens_per_problem"] == pytest.approx(chain, rel=0.05)
+
+
+@needs_pools
+def test_the_defaults_are_as_good_as_self_consistency_at_a_twentieth_of_its_tokens() -> None:
+    pool = load(POOLS / "qwen3-8b_aime24.json")
+    found = replay(pool, Adaptive(), shuffles=30)
+    assert found.right.mean() > 0.795
+    assert found.tokens.mean() < 911e3 / 20

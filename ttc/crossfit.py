@@ -1,0 +1,234 @@
+"""No tuning on the test: ``python -m ttc.simulate fit POOL POOL`` fits ``adaptive`` on each pool and reports it on the other.
+
+Fitted on the training pool: the prior's two numbers (closed form) and the price (the highest whose accuracy there is within half a
+point of self-consistency at 64). Everything else is the shipped default. Beside it: the shipped defaults, the published baselines,
+the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw, which price is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttc.costmodel.accuracy import Estimate, bootstrap
+from ttc.costmodel.records import Floats, Pool
+from ttc.jobs import Policy
+from ttc.policies import Adaptive, describe, parse
+from ttc.policies.posterior import fit
+from ttc.simulate import Replay, load, replay
+
+PRICES = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.013, 0.016, 0.02, 0.025, 0.03, 0.05)
+WIDTHS = (1, 2, 3, 4, 6)
+BASELINES = (
+    "self-consistency?n=64", "adaptive-consistency", "adaptive-consistency?rule=dirichlet", "early-stopping", "parallel-probe",
+)  # fmt: skip
+SLACK = 0.005
+"""The accuracy that may be given up against self-consistency at 64."""
+
+
+class Row(NamedTuple):
+    """A line of the table: accuracy with its interval over problems and its standard error over shuffles."""
+
+    pool: str
+    policy: str
+    accuracy: float
+    low: float
+    high: float
+    shuffle_se: float
+    against_sc: Estimate
+    tokens: float
+    sequential: float
+    probes: float
+    samples: float
+
+
+def row(pool: str, name: str, run: Replay, reference: Replay) -> Row:
+    """``against_sc``: the difference to ``reference``, paired by problem, with its 95 % interval."""
+    own, gap = run.right.mean(axis=0), run.right.mean(axis=0) - reference.right.mean(axis=0)
+    about, paired = bootstrap(own), bootstrap(gap)
+    return Row(
+        pool, name, about.mean, about.low, about.high, float(run.right.mean(axis=1).std() / len(run.right) ** 0.5), paired,
+        float(run.tokens.mean()), float(run.chain.mean()), float(run.probes.mean()), float(run.samples.mean()),
+    )  # fmt: skip
+
+
+def fitted(train: Pool, reference: float, shuffles: int) -> Adaptive:
+    """``adaptive`` with prior and price learnt on ``train``, where self-consistency at 64 reaches ``reference``."""
+    mean, spread = fit([p.final.tolist() for p in train.problems])
+    policy = changed(Adaptive(), mean=round(mean, 3), spread=round(spread, 3))
+    for price in sorted(PRICES, reverse=True):
+        candidate = changed(policy, price=price)
+        if replay(train, candidate, shuffles=shuffles, seed=10_000).right.mean() >= reference - SLACK:
+            return candidate
+    return changed(policy, price=min(PRICES))
+
+
+class Point(NamedTuple):
+    tokens: float
+    accuracy: float
+
+
+def oracle(runs: Sequence[Replay]) -> list[Point]:
+    """The frontier if each problem had the best of ``runs``' policies for itself: maximises accuracy less a multiple of tokens,
+    problem by problem. An upper bound that no policy can know; it is biased upwards by choosing on the same shuffles."""
+    right = np.stack([run.right.mean(axis=0) for run in runs])
+    tokens = np.stack([run.tokens.mean(axis=0) for run in runs])
+    points = set()
+    for multiplier in np.exp(np.linspace(np.log(1e-8), np.log(1e-4), 80)):
+        best: Any = (right - multiplier * tokens).argmax(axis=0)
+        each = np.arange(right.shape[1])
+        points.add(Point(float(tokens[best, each].mean()), float(right[best, each].mean())))
+    return sorted(points)
+
+
+def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) -> dict[str, Any]:
+    """The whole comparison on each pool, fitted on the one before it in ``paths`` (cyclically)."""
+    pools = [load(path) for path in paths]
+    rows: list[Row] = []
+    frontiers: dict[str, dict[str, list[Point]]] = {}
+    references = [replay(pool, parse(BASELINES[0]), shuffles=shuffles) for pool in pools]
+    for i, (pool, reference) in enumerate(zip(pools, references, strict=True)):
+        start, name = len(rows), pool.name
+
+        def add(label: str, run: Replay, name: str = name, reference: Replay = reference) -> Replay:
+            rows.append(row(name, label, run, reference))
+            say(text(rows[-1]))
+            return run
+
+        add(BASELINES[0], reference)
+        for baseline in BASELINES[1:]:
+            add(baseline, replay(pool, parse(baseline), shuffles=shuffles))
+        for width in WIDTHS[:3]:
+            add(
+                "adaptive" + (f"?width={width}" if width > 1 else ""),
+                replay(pool, Adaptive(width=width), shuffles=shuffles),
+            )
+        other = pools[i - 1]
+        learnt = fitted(other, float(references[i - 1].right.mean()), max(shuffles // 2, 1))
+        add(f"{_short(learnt)} (fitted on {other.name})", replay(pool, learnt, shuffles=shuffles))
+        runs = [replay(pool, Adaptive(price=price), shuffles=shuffles) for price in PRICES]
+        wide = [replay(pool, Adaptive(width=width), shuffles=shuffles) for width in WIDTHS]
+        frontiers[name] = {
+            "adaptive over prices": [_point(run) for run in runs],
+            "adaptive over widths, sequential tokens": [
+                Point(float(r.chain.mean()), float(r.right.mean())) for r in wide
+            ],
+            "oracle over prices": oracle([*runs, reference]),
+            "self-consistency": _self_consistency(pool, shuffles),
+        }
+        for label, points in frontiers[name].items():
+            say(
+                f"{name}: {label}: "
+                + "  ".join(
+                    f"{100 * p.accuracy:.1f} @ {p.tokens / 1e3:.1f}k"
+                    for p in points[:: max(1, len(points) // 14)]
+                )
+            )
+        assert len(rows) > start
+    return {
+        "shuffles": shuffles,
+        "rows": [r._asdict() for r in rows],
+        "frontiers": {n: {k: [list(p) for p in v] for k, v in f.items()} for n, f in frontiers.items()},
+    }
+
+
+def _point(run: Replay) -> Point:
+    return Point(float(run.tokens.mean()), float(run.right.mean()))
+
+
+def _self_consistency(pool: Pool, shuffles: int) -> list[Point]:
+    return [
+        _point(replay(pool, parse(f"self-consistency?n={n}"), shuffles=shuffles))
+        for n in (1, 2, 3, 4, 5, 8, 12, 16)
+    ]
+
+
+def _short(policy: Policy) -> str:
+    """A policy with only the options that are not the defaults."""
+    plain = {f"{k}={v}" for k, v in ((n, getattr(Adaptive(), n)) for n in Adaptive.__dataclass_fields__)}
+    name, _, options = describe(policy).partition("?")
+    own = [o for o in options.split("&") if o not in plain]
+    return f"{name}?{'&'.join(own)}" if own else name
+
+
+def text(r: Row) -> str:
+    mean, low, high = r.against_sc
+    return (
+        f"| {r.pool} | {r.policy} | {100 * r.accuracy:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f}) ±{100 * r.shuffle_se:.2f} | "
+        f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) | {r.tokens / 1e3:.1f}k | {r.sequential / 1e3:.1f}k | "
+        f"{r.probes:.0f} | {r.samples:.2f} |"
+    )
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The frontiers, one panel a pool. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(found["frontiers"]), figsize=(6 * len(found["frontiers"]), 4.2), squeeze=False
+    )
+    for axis, (name, lines) in zip(axes[0], found["frontiers"].items(), strict=True):
+        for label, points in lines.items():
+            if "sequential" not in label:
+                xy: Floats = np.array(points)
+                axis.plot(
+                    xy[:, 0],
+                    100 * xy[:, 1],
+                    "o-" if "oracle" not in label else ":",
+                    label=label,
+                    markersize=3,
+                )
+        for r in found["rows"]:
+            if r["pool"] == name and r["policy"].split("?")[0] in (
+                "self-consistency",
+                "adaptive-consistency",
+                "parallel-probe",
+                "early-stopping",
+            ):
+                axis.plot(r["tokens"], 100 * r["accuracy"], "x")
+                axis.annotate(
+                    r["policy"], (r["tokens"], 100 * r["accuracy"]), fontsize=6, ha="right", va="top"
+                )
+        axis.set(xscale="log", xlabel="tokens a problem, probes charged", ylabel="accuracy, %", title=name)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ttc.simulate", description=__doc__)
+    parser.add_argument("command", choices=["fit"])
+    parser.add_argument(
+        "pools",
+        nargs="+",
+        type=Path,
+        help="two pools or more; each is tested with what the one before it taught",
+    )
+    parser.add_argument("--shuffles", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="a folder for crossfit.json and crossfit.png")
+    given = parser.parse_args(arguments)
+    heads = (
+        "pool",
+        "policy",
+        "accuracy, % (95 % over problems) ± se of shuffling",
+        "against self-consistency, paired",
+    )
+    print(f"| {' | '.join(heads)} | tokens | sequential | probes | branches |")
+    print("|---|---|---|---|---|---|---|---|")
+    found = crossfit(given.pools, shuffles=given.shuffles, say=lambda line: print(line, flush=True))
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "crossfit.json").write_text(json.dumps(found, indent=1) + "\n")
+        draw(found, given.out / "crossfit.png")
+
+
+__all__ = ["Point", "Row", "crossfit", "draw", "fitted", "main", "oracle"]
