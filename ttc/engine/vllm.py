@@ -42,6 +42,7 @@ class _Running:
     control: Control
     prompt: int
     ids: list[int] = field(default_factory=list)
+    tokens: int = 0
     reads: float = 0.0
     cached: int = 0
     limit: int | None = None
@@ -74,6 +75,8 @@ class VLLMEngine:
         config = self._llm.model_config
         # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
         self._in_process = self._llm.vllm_config.parallel_config.world_size == 1
+        kinds = self._vllm.sampling_params.RequestOutputKind
+        self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
         self._close_ids = self._ids(self.files.format.close_text)
         self._lead_ids = self._ids(self.files.format.lead_text)
         self._end_ids = self._ids(self.files.format.think_close)
@@ -132,7 +135,7 @@ class VLLMEngine:
                 warnings.simplefilter("ignore")
                 engine_args = self._vllm.EngineArgs(**args)
                 llm_engine = self._vllm.v1.engine.llm_engine.LLMEngine
-                return llm_engine.from_engine_args(engine_args, stat_loggers=[self._stats.factory])
+                return llm_engine.from_engine_args(engine_args, stat_loggers=[self._stats.logger()])
         except Exception as error:
             raise EngineError(f"vLLM can't start {self.files.name}: {_one_line(error)}") from error
 
@@ -207,7 +210,7 @@ class VLLMEngine:
             extra_args=extra,
             skip_special_tokens=False,
             detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+            output_kind=self._kind,
         )
 
     def step(self) -> StepReport:
@@ -219,29 +222,52 @@ class VLLMEngine:
             outputs = self._llm.step()
         except Exception as error:
             raise EngineError(f"vLLM stopped: {_one_line(error)}") from error
-        share = 1.0 / len(outputs) if outputs else 0.0
-        for output in outputs:
-            self._advance(int(output.request_id), output, share, report)
+        if self._in_process:
+            self._follow_controls(outputs, report)
+        else:
+            self._follow_outputs(outputs, report)
         return report
 
-    def _advance(self, ticket: int, output: Any, share: float, report: StepReport) -> None:
-        running = self._running.get(ticket)
-        if running is None:
-            return
-        delta = output.outputs[0]
-        if not running.ids:
-            running.cached = output.num_cached_tokens or 0
-        running.ids.extend(delta.token_ids)
-        running.reads += share
-        if output.finished:
-            finish: Finish = "stop" if delta.finish_reason == "stop" else "length"
-            report.finished.append((ticket, self._completion(ticket, finish)))
-        else:
-            report.progress[ticket] = Progress(len(running.ids), running.reads)
-            if running.limit is not None and len(running.ids) >= running.limit:
+    def _follow_controls(self, outputs: Sequence[Any], report: StepReport) -> None:
+        """In process a branch's tokens are read where the processor sees them, and vLLM makes outputs of ended branches only: an
+        output for every branch and step would cost a twentieth of the throughput of a small model."""
+        ended = {int(output.request_id): output for output in outputs}
+        moved = []
+        for ticket, running in self._running.items():
+            tokens = len(running.control.output)
+            if tokens != running.tokens or ticket in ended:
+                running.tokens = tokens
+                moved.append((ticket, running))
+        share = 1.0 / len(moved) if moved else 0.0
+        for ticket, running in moved:
+            running.reads += share
+            output = ended.get(ticket)
+            if output is not None:
+                running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+                report.finished.append((ticket, self._completion(ticket, _finish(output))))
+            elif running.limit is not None and running.tokens >= running.limit:
                 self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
+                running.ids = list(running.control.output)
                 report.finished.append((ticket, self._completion(ticket, "length")))
-                del report.progress[ticket]
+            else:
+                report.progress[ticket] = Progress(running.tokens, running.reads)
+
+    def _follow_outputs(self, outputs: Sequence[Any], report: StepReport) -> None:
+        """With worker processes: an output for every branch and step."""
+        share = 1.0 / len(outputs) if outputs else 0.0
+        for output in outputs:
+            ticket = int(output.request_id)
+            running = self._running.get(ticket)
+            if running is None:
+                continue
+            if not running.ids:
+                running.cached = output.num_cached_tokens or 0
+            running.ids.extend(output.outputs[0].token_ids)
+            running.reads += share
+            if output.finished:
+                report.finished.append((ticket, self._completion(ticket, _finish(output))))
+            else:
+                report.progress[ticket] = Progress(len(running.ids), running.reads)
 
     def _completion(self, ticket: int, finish: Finish) -> Completion:
         from ttc.engine.control import CONTROLS, confidence
@@ -287,6 +313,9 @@ class VLLMEngine:
         if not live:
             return
         self._llm.abort_request([str(ticket) for ticket in live])
+        if self._in_process:
+            for ticket in live:
+                self._running[ticket].ids = list(self._running[ticket].control.output)
         self._ended.extend((ticket, self._completion(ticket, "abort")) for ticket in live)
 
     def counters(self) -> Counters:
@@ -309,26 +338,43 @@ class _Stats:
             self.preemptions
         ) = 0
 
-    def factory(self, vllm_config: Any, engine_index: int = 0) -> Any:
-        return self
+    def logger(self) -> Any:
+        """A stat logger that counts here, in place of vLLM's Prometheus one (which costs more than all else in it, and which no
+        one scrapes in this process)."""
+        from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        if iteration_stats is None:
+        stats = self
+
+        class Counting(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not type-checked here
+            def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None: ...
+
+            def record(
+                self,
+                scheduler_stats: Any,
+                iteration_stats: Any,
+                mm_cache_stats: Any = None,
+                engine_idx: int = 0,
+            ) -> None:
+                stats.count(iteration_stats)
+
+            def log_engine_initialized(self) -> None: ...
+
+            def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None: ...
+
+        return Counting
+
+    def count(self, step: Any) -> None:
+        if step is None:
             return
-        prompt = iteration_stats.prompt_token_stats
-        self.output_tokens += iteration_stats.num_generation_tokens
-        self.prompt_tokens += prompt.total
-        self.cached_tokens += prompt.cached_tokens
-        self.preemptions += iteration_stats.num_preempted_reqs
+        self.output_tokens += step.num_generation_tokens
+        self.prompt_tokens += step.prompt_token_stats.total
+        self.cached_tokens += step.prompt_token_stats.cached_tokens
+        self.preemptions += step.num_preempted_reqs
         self.steps += 1
 
-    def log(self) -> None: ...
 
-    def log_engine_initialized(self) -> None: ...
-
-    def record_sleep_state(self, is_awake: int = 0, level: int = 0) -> None: ...
+def _finish(output: Any) -> Finish:
+    return "stop" if output.outputs[0].finish_reason == "stop" else "length"
 
 
 def import_vllm() -> Any:
