@@ -1,7 +1,7 @@
 """No tuning on the test: ``python -m ttc.simulate fit POOL POOL`` fits ``adaptive`` on each pool and reports it on the other.
 
 Fitted on the training pool: the prior's two numbers (closed form) and the price (the highest whose accuracy there is within half a
-point of self-consistency at 64). Everything else is the shipped default. Beside it: the shipped defaults, the published baselines,
+point of the best price's). Everything else is the shipped default. Beside it: the shipped defaults, the published baselines,
 the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw, which price is best.
 """
 
@@ -29,7 +29,7 @@ BASELINES = (
     "self-consistency?n=64", "adaptive-consistency", "adaptive-consistency?rule=dirichlet", "early-stopping", "parallel-probe",
 )  # fmt: skip
 SLACK = 0.005
-"""The accuracy that may be given up against self-consistency at 64."""
+"""The accuracy that a fitted price may give up against the best one."""
 
 
 class Row(NamedTuple):
@@ -58,15 +58,17 @@ def row(pool: str, name: str, run: Replay, reference: Replay) -> Row:
     )  # fmt: skip
 
 
-def fitted(train: Pool, reference: float, shuffles: int) -> Adaptive:
-    """``adaptive`` with prior and price learnt on ``train``, where self-consistency at 64 reaches ``reference``."""
+def fitted(train: Pool, shuffles: int) -> Adaptive:
+    """``adaptive`` with prior and price learnt on ``train``: the highest price within ``SLACK`` of the best price's accuracy."""
     mean, spread = fit([p.final.tolist() for p in train.problems])
     policy = changed(Adaptive(), mean=round(mean, 3), spread=round(spread, 3))
-    for price in sorted(PRICES, reverse=True):
-        candidate = changed(policy, price=price)
-        if replay(train, candidate, shuffles=shuffles, seed=10_000).right.mean() >= reference - SLACK:
-            return candidate
-    return changed(policy, price=min(PRICES))
+    reached = {
+        p: replay(train, changed(policy, price=p), shuffles=shuffles, seed=10_000).right.mean()
+        for p in PRICES
+    }
+    return changed(
+        policy, price=max(p for p, accuracy in reached.items() if accuracy >= max(reached.values()) - SLACK)
+    )
 
 
 class Point(NamedTuple):
@@ -110,7 +112,7 @@ def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) ->
                 replay(pool, Adaptive(width=width), shuffles=shuffles),
             )
         other = pools[i - 1]
-        learnt = fitted(other, float(references[i - 1].right.mean()), max(shuffles // 2, 1))
+        learnt = fitted(other, shuffles)
         add(f"{_short(learnt)} (fitted on {other.name})", replay(pool, learnt, shuffles=shuffles))
         runs = [replay(pool, Adaptive(price=price), shuffles=shuffles) for price in PRICES]
         wide = [replay(pool, Adaptive(width=width), shuffles=shuffles) for width in WIDTHS]
