@@ -66,6 +66,8 @@ class Cashier:
         meter, want = job.account.meter, request.thinking_tokens
         if self.budget.unit == "seconds":
             left = self.seconds_left(job)
+            if left <= self.longest_step:
+                return None  # time is up, for first answers too: a step more would be past the budget
             return want if first or left > self.closing_seconds() + self.typical_cost(0.0) else None
         if self.leased:
             typical = self.typical_cost(0.0)

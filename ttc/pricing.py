@@ -25,7 +25,7 @@ class Kinetics(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pricer:
-    """``intensity`` in FLOP/byte; dollar prices per million tokens, or for an hour of the engine (``usd_per_hour``)."""
+    """``intensity`` in FLOP/byte; dollar prices per million tokens,."""
 
     shape: ModelShape | None
     concurrency: int
@@ -33,7 +33,6 @@ class Pricer:
     intensity: float = KINETICS_INTENSITY
     usd_per_m_input: float | None = None
     usd_per_m_output: float | None = None
-    usd_per_hour: float | None = None
 
     def check(self, unit: Unit) -> None:
         """Raise InputError if this unit can't be charged on this engine."""
@@ -41,9 +40,9 @@ class Pricer:
             raise InputError(
                 "budget: eFLOPs can't be charged, the server's model config is unknown; pass --shape MODEL or use tokens"
             )
-        if unit == "dollars" and self.usd_per_m_output is None and self.usd_per_hour is None:
+        if unit == "dollars" and self.usd_per_m_output is None:
             raise InputError(
-                "budget: dollars need a price; pass --price-output (and --price-input) per million tokens, or --price-hour"
+                "budget: dollars need a price; pass --price-output (and --price-input) per million tokens"
             )
 
     def _reads(self, tokens: int, measured: float | None) -> float:
@@ -77,7 +76,7 @@ class Pricer:
             eflops=eflops,
             eflops_kinetics=own,
             seconds=seconds,
-            dollars=self._dollars(completion.prompt_tokens, tokens, seconds),
+            dollars=self._dollars(completion.prompt_tokens, tokens),
         )
 
     def kinetics(self, request: Request, completion: Completion) -> Kinetics:
@@ -98,18 +97,15 @@ class Pricer:
         )
         return Kinetics(float(two - one), float(2 * one - two))
 
-    def _dollars(self, prompt: int, output: int, seconds: float) -> float:
-        by_token = (
-            prompt * (self.usd_per_m_input or 0.0) / 1e6 + output * (self.usd_per_m_output or 0.0) / 1e6
-        )
-        return by_token + (self.usd_per_hour or 0.0) * seconds / 3600 / self.concurrency
+    def _dollars(self, prompt: int, output: int) -> float:
+        return prompt * (self.usd_per_m_input or 0.0) / 1e6 + output * (self.usd_per_m_output or 0.0) / 1e6
 
     def most(
         self, unit: Unit, request: Request, prompt: int, tokens: int, *, done: int = 0, reads: float = 0.0
     ) -> float:
         """The most that a branch can cost, in ``unit``, if it ends at ``tokens`` output tokens: ``done`` of them with ``reads``
         weight reads are history, each later one may be alone in its step. Seconds have no such bound (0: the driver watches the
-        clock). Dollars by the hour are bounded by the clock too.
+        clock).
         """
         if unit == "tokens":
             return float(tokens)
