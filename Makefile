@@ -24,7 +24,8 @@ test: lint types  ## All tests, engines included
 	@$(PY) -m pytest -q
 
 bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
-	@.venv/bin/ttc bench overhead --http
+	@.venv/bin/ttc bench overhead
+	@.venv/bin/ttc bench overhead --http --rounds 2 --problems 20
 
 reproduce: .venv/.ready  ## Every published figure, from its command
 	@bash docs/reproduce.sh

@@ -117,7 +117,9 @@ def client(job: Job) -> Work:
             return int((await reply.json())["usage"]["completion_tokens"])
 
     async def everything() -> int:
-        connector = aiohttp.TCPConnector(limit=job.concurrency)
+        connector = aiohttp.TCPConnector(
+            limit=job.concurrency, force_close=True
+        )  # the server drops idle ones
         async with aiohttp.ClientSession(connector=connector) as http:
             return sum(await asyncio.gather(*(one(http, p) for p in problems for _ in range(job.samples))))
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The published figures, from their commands. Those on recorded pools need POOLS, a folder with the files that docs/frontier.md names.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ttc=.venv/bin/ttc
+$ttc demo
+.venv/bin/python -m ttc.rl.evaluate --model nano-s
+$ttc bench overhead --http
+pools=${POOLS:-../shared/pools}
+if [ -d "$pools" ]; then
+  .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 100 --out runs/policies
+  $ttc plan --budget "40 TeFLOPs" -m Qwen3-4B -m Qwen3-8B -m Qwen3-14B --task aime24 --data "$pools/accuracy_vs_tokens.json" \
+    --data "$pools/accuracy_vs_kv_budget.json" --data "$pools/qwen3-8b_aime24.json"
+else
+  echo "no pools in $pools: the tables of docs/policies.md and docs/frontier.md are left out (set POOLS)"
+fi
