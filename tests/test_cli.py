@@ -151,7 +151,10 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(tmp_path: Path) -> None:
     file, out = tmp_path / "problems.jsonl", tmp_path / "run"
-    rows = [{"id": "short", "prompt": "1 + 2 =", "answer": "3"}, {"id": "long", "prompt": "1 + " * 200, "answer": "3"}]
+    rows = [
+        {"id": "short", "prompt": "1 + 2 =", "answer": "3"},
+        {"id": "long", "prompt": "1 + " * 200, "answer": "3"},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["solve", "--input", str(file), "--context", "256", "--out", str(out), "--max-thinking", "32"]
     refused = ttc(*command)
