@@ -97,8 +97,6 @@ class ReasoningGym:
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         task, entry = self._task(problem), problem.meta["entry"]
-        if answer == problem.gold:  # every scorer gives its own answer full marks; tests hold this
-            return Verdict(True, 1.0)
         _check_length(LONGEST_ANSWER, answer)
         score, note = _call(
             self._sandbox,
