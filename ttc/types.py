@@ -77,6 +77,35 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """What is done to a branch while it thinks, inside the engine, beside its cap. Every forced token counts as a token of
+    thinking, so a cap bounds the whole; a span that would not fit before the cap is not begun.
+
+    ``triggers`` are texts forced in turn (after the last, the first again): at each checkpoint of ``at`` that finds the thought
+    open (tokens of output in all; with ``relative``, tokens since the end of the trigger before), and in place of the first ``at_end``
+    ends of the thought (a closing delimiter or an end of text), each of which uses up a checkpoint too. A thought shorter than
+    ``min_thinking`` does not end: a trigger stands in for its end, or, without triggers, the end is made impossible.
+    ``loop_repeats`` N > 0: a thought whose last tokens are one period N times over gets a trigger, and is closed if it goes on.
+    ``stop_below``: the thought is closed once the mean of its last ``stop_window`` token confidences (nats, the mean negative
+    log-probability of the ``stop_top_k`` likeliest tokens: DeepConf, arXiv 2508.15260, Eq. 2 and 3) is lower.
+    """
+
+    triggers: tuple[str, ...] = ()
+    at: tuple[int, ...] = ()
+    relative: bool = False
+    at_end: int = 0
+    min_thinking: int = 0
+    loop_repeats: int = 0
+    stop_below: float | None = None
+    stop_window: int = 128
+    stop_top_k: int = 20
+
+    @property
+    def measures(self) -> bool:
+        return self.stop_below is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One branch to be sampled. The engine promises: at most ``thinking_tokens`` tokens before the thought is made to close,
     and at most ``thinking_tokens`` + the format's room in all (see ``Engine.room_tokens``); never an empty answer.
@@ -85,7 +114,9 @@ class Request:
     id it fixes ``seed``. ``prefix`` is text already written that the engine continues. ``signals`` names confidence measures to
     compute ("mean-logprob", "self-certainty"). ``effort`` in (0, 1] goes into the chat template of models that know it.
     ``probe_every`` N > 0 asks an engine that can for the branch's anytime answer after each multiple of N tokens, the first at
-    or after ``probe_from`` (where a probe is, changes nothing of the branch itself).
+    or after ``probe_from`` (where a probe is, changes nothing of the branch itself). ``control`` steers it as it runs. A branch
+    of a search is written in steps: it pauses (``Completion.partial``) behind the first token with ``step_text`` in it, or after
+    ``step_tokens``; the next step's ``prefix_ids`` are the tokens of its ``prefix``, exactly as they were sampled.
     """
 
     problem: Problem
@@ -100,6 +131,10 @@ class Request:
     kv_method: str | None = None
     probe_from: int = 0
     probe_every: int = 0
+    control: Control | None = None
+    prefix_ids: tuple[int, ...] = ()
+    step_text: str = ""
+    step_tokens: int = 0
 
     def digest(self) -> str:
         """A fingerprint of all that shapes the sample: what a resumed run compares before it trusts a recorded branch."""
@@ -107,6 +142,9 @@ class Request:
             self.problem.id, self.index, self.seed, self.sampling, self.prefix,
             self.effort, self.kv_budget, self.kv_method,
         )  # fmt: skip
+        steering = (self.control, self.prefix_ids, self.step_text, self.step_tokens)
+        if steering != (None, (), "", 0):  # runs recorded before there was any are still found
+            parts += steering
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -114,9 +152,9 @@ class Request:
 class Completion:
     """What the engine made of a request, in the engine's own counts.
 
-    ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans); ``probe_tokens`` is what its anytime answers
-    cost, beside the branch. ``weight_reads`` is the branch's share of the
-    engine's passes over the weights: the sum over its steps of 1 / (sequences in that step), None where the engine can't see its
+    ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans, triggers: ``triggers`` of them were begun);
+    ``probe_tokens`` is what its anytime answers cost, beside the branch. ``partial``: it only paused at the end of a step.
+    ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in that step), None where the engine can't see its
     batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None unless the request asked for them.
     """
 
@@ -133,6 +171,8 @@ class Completion:
     self_certainty: float | None = None
     error: str = ""
     probe_tokens: int = 0
+    triggers: int = 0
+    partial: bool = False
 
     @property
     def output_tokens(self) -> int:
@@ -204,7 +244,7 @@ class Branch:
     @property
     def usable(self) -> bool:
         """True if the branch ended by itself or was made to answer, and an answer was found in it."""
-        return self.vote is not None and self.finish in ("stop", "length")
+        return self.vote is not None and self.finish in ("stop", "length") and not self.completion.partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +264,8 @@ class Score:
 
     branches: tuple[Branch, ...]
     why: str = ""
+    texts: tuple[str, ...] = ()
+    """What to score of each branch, where that is not its own completion's text (a step of a search with all before it)."""
 
 
 class Probing(NamedTuple):

@@ -114,10 +114,10 @@ def test_moves_and_swaps_follow_the_rows(seed: int) -> None:
 @pytest.mark.parametrize("in_process", [True, False])
 def test_a_preempted_row_is_forced_once(when: int, in_process: bool) -> None:
     """With the Control at hand (one process) and without it (worker processes: read back from the output)."""
-    from ttc.engine.control import CONTROLS, Control, Instructions
+    from ttc.engine.control import CONTROLS, Control
 
     batch = Batch()
-    told = Instructions(due=3, think_close=[CLOSE], close=[CLOSE, 8, 9], lead=[], signals=False)
+    told: dict[str, Any] = {"due": 3, "think_close": [CLOSE], "close": [CLOSE, 8, 9], "lead": []}
     if in_process:
         CONTROLS[7] = Control.of(told)
         told["key"] = 7
@@ -134,10 +134,10 @@ def test_a_preempted_row_is_forced_once(when: int, in_process: bool) -> None:
 
 
 def test_confidence_is_the_mean_over_sampled_tokens() -> None:
-    from ttc.engine.control import CONTROLS, Control, Instructions, confidence
+    from ttc.engine.control import CONTROLS, Control, confidence
 
     batch = Batch()
-    told = Instructions(due=2, think_close=[CLOSE], close=[CLOSE], lead=[], signals=True, key=1)
+    told = {"due": 2, "think_close": [CLOSE], "close": [CLOSE], "lead": [], "signals": True, "key": 1}
     CONTROLS[1] = control = Control.of(told)
     batch.add(**told)
     for _ in range(6):

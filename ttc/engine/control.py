@@ -1,15 +1,17 @@
 """Control of running branches inside vLLM's step loop: a V1 logits processor, loaded through vLLM's plugin entry point.
 
-A branch carries its instructions in ``SamplingParams.extra_args["ttc"]`` (see ``Instructions``). The processor closes the thought
-at a given output position by forcing token ids, so nothing is stopped, edited and prefilled again, and computes confidence where
-the logits are, so no log-probabilities leave the worker. In process (no worker processes) the engine also reaches a branch's
-``Control`` through ``CONTROLS``: to close its thought now, and to read what was forced and measured.
+A branch carries its instructions in ``SamplingParams.extra_args["ttc"]``: a mapping (``ttc.engine.course``), or the same as one
+JSON string, since a server's ``vllm_xargs`` takes flat values only. The processor forces token ids at given output positions, so nothing
+is stopped, edited and prefilled again, and computes confidence where the logits are, so no log-probabilities leave the worker.
+In process (no worker processes) the engine also reaches a branch's ``Control`` through ``CONTROLS``: the controller's word takes
+effect at the next step, and what was forced and measured can be read.
 
 A model that would end inside its thought closes it instead (the end mark's probability goes to the closing delimiter), and an
-answer has at least one token, so no branch ends empty.
+answer has at least one token, so no branch ends empty. Where an end of the thought is to be replaced by a trigger, whether it would
+have been sampled is drawn here, from its probability under the branch's own temperature, top-p and top-k.
 
-Each running row has the output position at which something is due; a heap ordered by step makes a step's cost proportional to the
-rows with something due, not to the batch. Rows that stand still (preempted) are found early when popped, and put back.
+A heap ordered by step holds the output positions at which something is due, so a step costs what is due, not what runs. Rows that
+stand still (preempted) are found early when popped, and put back.
 
 This module imports torch and vLLM; nothing outside ``ttc.engine`` may import it.
 """
@@ -17,13 +19,16 @@ This module imports torch and vLLM; nothing outside ``ttc.engine`` may import it
 from __future__ import annotations
 
 import heapq
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from ttc.engine.course import FAR, Course
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -32,99 +37,62 @@ if TYPE_CHECKING:
 EXTRA_ARGS_KEY = "ttc"
 
 
-class Instructions(TypedDict, total=False):
-    """What a request may ask for, as plain JSON values.
+@dataclass(slots=True, eq=False)
+class Control(Course):
+    """One running branch as its processor sees it; ``scored`` counts the tokens in the sums. ``signals``: accumulate mean
+    log-probability and self-certainty; ``key``: registry key, in process only; ``step``: ids that end a step, and so are no end of the text."""
 
-    ``due``: output position (tokens) at which the thought must end, or, if it has, at which the answer's own room begins.
-    ``think_close``: token ids that end a thought ([]: the model has none, the thought counts as closed from the start).
-    ``close``: ids forced at ``due`` while the thought is open; ``lead``: ids forced at ``due`` once it is closed ([]: none).
-    ``signals``: accumulate mean log-probability and self-certainty. ``key``: registry key, in process only.
-    """
+    MORE: ClassVar[tuple[str, ...]] = ("signals", "key", "step")
 
-    due: int
-    think_close: list[int]
-    close: list[int]
-    lead: list[int]
-    signals: bool
-    key: int
-
-
-@dataclass(slots=True)
-class Control:
-    """One running branch as its processor sees it; ``forced`` counts inserted tokens, ``scored`` the tokens in the sums."""
-
-    due: int
-    think_close: list[int]
-    close: list[int]
-    lead: list[int]
-    signals: bool
-    key: int | None
-    output: list[int] = field(default_factory=list)
+    signals: bool = False
+    key: int | None = None
+    step: list[int] = field(default_factory=list)
     row: int = -1
     open: bool = False
     ends: tuple[int, ...] = ()
-    pending: list[int] = field(default_factory=list)
-    forced: int = 0
-    closed_by_force: bool = False
-    done: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     log_prob: float = 0.0
     self_certainty: float = 0.0
     scored: int = 0
-
-    @staticmethod
-    def of(instructions: Instructions) -> Control:
-        return Control(
-            due=instructions.get("due", 1 << 60),
-            think_close=list(instructions.get("think_close", [])),
-            close=list(instructions.get("close", [])),
-            lead=list(instructions.get("lead", [])),
-            signals=bool(instructions.get("signals", False)),
-            key=instructions.get("key"),
-        )
-
-    def thought_closed(self) -> bool:
-        """True if the sequence that ends a thought is in the output (or the model has none)."""
-        end, out = self.think_close, self.output
-        if not end:
-            return True
-        first, width = end[0], len(end)
-        start = 0
-        while True:
-            try:
-                start = out.index(first, start)
-            except ValueError:
-                return False
-            if out[start : start + width] == end:
-                return True
-            start += 1
-
-    def read_back(self) -> None:
-        """Read from the output what was forced, for a Control that was not there (preempted, or in another process)."""
-        written = self.output[self.due :]
-        for span in (self.close, self.lead):
-            if span and written and written[: len(span)] == span[: len(written)]:
-                self.done, self.pending, self.forced = (
-                    True,
-                    span[len(written) :],
-                    min(len(span), len(written)),
-                )
-                self.closed_by_force = span is self.close
-                return
 
 
 CONTROLS: dict[int, Control] = {}
 """Branches of in-process engines by their key. The engine adds before ``add_request`` and removes when the branch has ended."""
 
-_STEERED: set[int] = set()
-"""Keys whose ``due`` was moved since the processor last looked."""
+_STEERED: dict[int, Control] = {}
+"""Branches that were given a word since the processor last looked."""
 
 
 def steer_close(key: int) -> None:
     """Close the branch's thought at the next step (no effect where that has been done)."""
     control = CONTROLS.get(key)
     if control is not None and not control.done:
-        control.due = min(control.due, len(control.output))
-        _STEERED.add(key)
+        control.close_now()
+        _STEERED[key] = control
+
+
+def steer_insert(key: int, ids: Sequence[int]) -> bool:
+    """Force ``ids`` at the next step, if the branch is thinking and they fit before its cap; False: they are not."""
+    control = CONTROLS.get(key)
+    if control is None or not control.insert_now(list(ids)):
+        return False
+    _STEERED[key] = control
+    return True
+
+
+def read_instructions(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The instructions of a request, None if it has none. Raises ValueError."""
+    given = (extra_args or {}).get(EXTRA_ARGS_KEY)
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] is not JSON ({error.msg})") from None
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] must be a mapping, got {given!r}")
+    return given
 
 
 class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
@@ -132,19 +100,13 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        instructions = (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
+        instructions = read_instructions(sampling_params.extra_args)
         if instructions is None:
             return
-        if not isinstance(instructions, dict):
-            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] must be a mapping, got {instructions!r}")
-        unknown = sorted(set(instructions) - set(Instructions.__annotations__))
-        if unknown:
-            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}']: unknown key {unknown[0]!r}")
-        due = instructions.get("due", 0)
-        if not isinstance(due, int) or due < 0:
-            raise ValueError(
-                f"extra_args['{EXTRA_ARGS_KEY}']['due'] must be a whole number >= 0, got {due!r}"
-            )
+        try:
+            Control.of(instructions)
+        except ValueError as error:
+            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}']: {error}") from None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
@@ -153,8 +115,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.agenda: list[tuple[int, int, Control]] = []  # (clock when due, tie, control)
         self.forcing: list[Control] = []
         self.measured: list[Control] = []
+        self.watched: list[Control] = []  # stopped on confidence
         self.thinking: list[Control] = []
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
+        self.ends: list[tuple[torch.Tensor, int, list[int], list[Control]]] | None = None
         self.ties = 0
 
     def is_argmax_invariant(self) -> bool:
@@ -164,6 +128,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         self.clock += 1
         if batch_update is not None:
+            self.ends = None
             for index in batch_update.removed:
                 self._drop(self.rows.pop(index, None))
             for index, params, _, output in batch_update.added:
@@ -172,45 +137,51 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             for source, target, direction in batch_update.moved:
                 self._move(source, target, swap=direction is MoveDirectionality.SWAP)
         if _STEERED:
-            for key in list(_STEERED):
-                control = CONTROLS.get(key)
-                if control is None or control.row >= 0:
-                    _STEERED.discard(key)
-                if control is not None and control.row >= 0:
-                    self._schedule(control)
+            for key, control in list(_STEERED.items()):
+                if control.row >= 0 and self.rows.get(control.row) is control:
+                    del _STEERED[key]
+                    self._follow(control)
+                elif key not in CONTROLS:
+                    del _STEERED[key]
 
     def _add(self, index: int, params: SamplingParams, output: list[int]) -> None:
-        instructions = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+        instructions = read_instructions(params.extra_args)
         if instructions is None:
             return
-        key = instructions.get("key")
-        control = CONTROLS.get(key) if key is not None else None
+        control = CONTROLS.get(instructions.get("key", -1))
+        known = control is not None
         control = control or Control.of(instructions)
         control.output, control.row = output, index
-        if not control.done and len(output) > control.due:
+        if not known and output:
             control.read_back()
         self.rows[index] = control
-        control.ends = tuple(sorted(params.all_stop_token_ids))
+        control.ends = tuple(sorted(params.all_stop_token_ids.difference(control.step)))
+        control.temperature, control.top_p = params.temperature, params.top_p
+        control.top_k = max(params.top_k, 0)
         control.open = not control.thought_closed()
-        if control.open and control.ends:
+        if control.open:
             self.thinking.append(control)
-        if control.pending:  # preempted in the middle of a forced span
-            self.forcing.append(control)
-        elif not control.done:
-            self._schedule(control)
         if control.signals:
             self.measured.append(control)
+        if control.stop_below is not None and control.open:
+            self.watched.append(control)
+        self._follow(control)
+
+    def _follow(self, control: Control) -> None:
+        """Put the branch where what it needs next is seen to."""
+        if control.forcing():
+            if control not in self.forcing:
+                self.forcing.append(control)
+        else:
+            self._schedule(control)
 
     def _drop(self, control: Control | None) -> None:
         if control is None:
             return
         control.row = -1
-        if control in self.forcing:
-            self.forcing.remove(control)
-        if control in self.measured:
-            self.measured.remove(control)
-        if control in self.thinking:
-            self.thinking.remove(control)
+        for members in (self.forcing, self.measured, self.thinking, self.watched):
+            if control in members:
+                members.remove(control)
 
     def _move(self, source: int, target: int, *, swap: bool) -> None:
         a, b = self.rows.pop(source, None), self.rows.pop(target, None)
@@ -223,21 +194,25 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 self._drop(b)
 
     def _schedule(self, control: Control) -> None:
-        self.ties += 1
-        wait = max(0, control.due - len(control.output))
-        heapq.heappush(self.agenda, (self.clock + wait, self.ties, control))
+        position = control.next_position()
+        if position < FAR:
+            self.ties += 1
+            wait = max(0, position - len(control.output))
+            heapq.heappush(self.agenda, (self.clock + wait, self.ties, control))
 
     # -- every step ------------------------------------------------------------------------------------------------------
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         while self.agenda and self.agenda[0][0] <= self.clock:
             control = heapq.heappop(self.agenda)[2]
-            if control.row < 0 or control.done:
-                continue
-            if len(control.output) < control.due:
+            if control.row < 0 or control.forcing():
+                continue  # gone, or looked after when its span is written
+            if len(control.output) >= control.next_position() and control.arrive():
+                self.forcing.append(control)
+            elif control.next_position() > len(control.output):
                 self._schedule(control)
-            else:
-                self._begin_span(control)
-        if self.measured or self.last is not None:
+            else:  # several things at one position: look again here
+                heapq.heappush(self.agenda, (self.clock, self.ties, control))
+        if self.measured or self.watched or self.last is not None:
             self._measure(logits)
         if self.thinking:
             self._keep_from_ending(logits)
@@ -246,42 +221,80 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         return logits
 
     def _keep_from_ending(self, logits: torch.Tensor) -> None:
-        """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0."""
-        just_closed = [
+        """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0. Where the course
+        says so, an end of the thought is replaced or forbidden."""
+        closed = [
             c for c in self.thinking if c.output and c.output[-1] == c.think_close[-1] and c.thought_closed()
         ]
-        if just_closed:
-            for control in just_closed:
+        if closed:
+            for control in closed:
                 control.open = False
                 logits[control.row, list(control.ends)] = -math.inf
-            self.thinking = [c for c in self.thinking if c.open]
-        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for control in self.thinking:
-            groups.setdefault((control.think_close[0], control.ends), []).append(control.row)
-        for (close, ends), rows in groups.items():
-            at = torch.tensor(rows, device=logits.device)
+                if control in self.watched:
+                    self.watched.remove(control)
+            self.thinking, self.ends = [c for c in self.thinking if c.open], None
+        if self.ends is None:
+            self.ends = self._grouped()
+        for at, close, ends, members in self.ends:
+            guarded = [
+                c for c in members if (c.at_end or c.min_thinking) and not c.forcing() and c.guards_end()
+            ]
+            if guarded:
+                self._guard(logits, guarded)
+            if len(members[0].think_close) > 1:
+                continue  # handled row by row: its first token alone closes nothing
             for end in ends:
                 logits[at, close] = torch.logaddexp(logits[at, close], logits[at, end])
                 logits[at, end] = -math.inf
+        several = [
+            c for c in self.thinking if len(c.think_close) > 1 and not c.forcing() and not c.guards_end()
+        ]
+        if several:
+            self._guard(logits, several)
 
-    def _begin_span(self, control: Control) -> None:
-        control.done = True
-        if control.thought_closed():
-            control.pending = list(control.lead)
-        else:
-            control.pending = list(control.close)
-            control.closed_by_force = True
-        if control.pending:
-            self.forcing.append(control)
+    def _grouped(self) -> list[tuple[torch.Tensor, int, list[int], list[Control]]]:
+        """Thinking rows by closing delimiter and end marks, as index tensors (made anew only when the batch changes)."""
+        groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Control]] = {}
+        for control in self.thinking:
+            groups.setdefault((tuple(control.think_close), control.ends), []).append(control)
+        return [
+            (torch.tensor([c.row for c in members], device=self.device), close[0], list(ends), members)
+            for (close, ends), members in groups.items()
+        ]
+
+    def _guard(self, logits: torch.Tensor, rows: list[Control]) -> None:
+        """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample
+        among all else. (Together that is: sample, and replace an end.)"""
+        ids = [self._ending_ids(c) for c in rows]
+        chances = _chances(logits, rows, ids)
+        for control, ending, chance in zip(rows, ids, chances, strict=True):
+            if control.guards_end():
+                if not control.forbids_end() and control.chance() < chance:
+                    control.end_came()
+            elif control.chance() < chance:
+                control.ended_without_delimiter()
+            if control.forcing():
+                self.forcing.append(control)
+            logits[control.row, ending] = -math.inf
+
+    def _ending_ids(self, control: Control) -> list[int]:
+        """The ids that would end the thought here: end marks, and the delimiter's last token where the others are written."""
+        before = control.think_close[:-1]
+        whole = not before or control.output[-len(before) :] == before
+        return (
+            [*control.ends, control.think_close[-1]] if whole and control.guards_end() else list(control.ends)
+        )
 
     def _force(self, logits: torch.Tensor) -> None:
-        rows = [control.row for control in self.forcing]
-        ids = [control.pending.pop(0) for control in self.forcing]
-        logits[rows] = -math.inf
-        logits[rows, ids] = 0.0
+        going = [c for c in self.forcing if c.forcing()]
         for control in self.forcing:
-            control.forced += 1
-        self.forcing = [control for control in self.forcing if control.pending]
+            if not control.forcing():
+                self._schedule(control)
+        if going:
+            rows, ids = [c.row for c in going], [c.force() for c in going]
+            logits[rows] = -math.inf
+            logits[rows, ids] = 0.0
+        self.forcing = going
 
     def _measure(self, logits: torch.Tensor) -> None:
         """Add the last step's sampled tokens to the sums, and keep this step's log-probabilities for the next.
@@ -303,10 +316,58 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     control.self_certainty += sure
                     control.scored += 1
             self.last = None
-        live = [c for c in self.measured if not c.pending]
+        live = [c for c in self.measured if not c.forcing()]
         if live:
             rows: Sequence[int] = [c.row for c in live]
             self.last = ([(c, len(c.output)) for c in live], logits[rows].float().log_softmax(-1))
+        if self.watched:
+            self._watch(logits)
+
+    def _watch(self, logits: torch.Tensor) -> None:
+        """Token confidence of the rows that stop on it: minus the mean log-probability of their k likeliest tokens."""
+        live = [c for c in self.watched if not c.forcing() and len(c.output) >= c.seen]
+        if not live:
+            return
+        most = min(max(c.stop_top_k for c in live), logits.shape[-1])
+        top = logits[[c.row for c in live]].float().log_softmax(-1).topk(most, dim=-1).values.cumsum(-1)
+        at = torch.tensor([[min(c.stop_top_k, most) - 1] for c in live], device=top.device)
+        sums = top.gather(-1, at).squeeze(-1).tolist()
+        for control, total in zip(live, sums, strict=True):
+            control.seen = len(control.output) + 1
+            if control.heard(-total / min(control.stop_top_k, most)):
+                control.close_now()
+                self.watched.remove(control)
+                if control.arrive():
+                    self.forcing.append(control)
+
+
+def _chances(logits: torch.Tensor, rows: Sequence[Control], ids: Sequence[list[int]]) -> list[float]:
+    """P(one of ``ids``) for each row as its sampler would draw: after temperature, then top-k, then top-p."""
+    own = logits[[c.row for c in rows]].float()
+    cold = torch.tensor([c.temperature < 1e-5 for c in rows], device=own.device)
+    heat = torch.tensor([max(c.temperature, 1e-5) for c in rows], device=own.device)
+    p = (own / heat[:, None]).softmax(-1)
+    cut = [i for i, c in enumerate(rows) if c.top_p < 1 or c.top_k]
+    if cut:
+        p[cut] = _truncated(p[cut], [rows[i] for i in cut])
+    p = torch.where(cold[:, None], torch.zeros_like(p).scatter_(-1, own.argmax(-1, keepdim=True), 1.0), p)
+    width = max(map(len, ids))
+    padded = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=own.device)
+    real = torch.tensor([[True] * len(i) + [False] * (width - len(i)) for i in ids], device=own.device)
+    return [float(v) for v in (p.gather(-1, padded) * real).sum(-1).tolist()]
+
+
+def _truncated(p: torch.Tensor, rows: Sequence[Control]) -> torch.Tensor:
+    """Probabilities after top-k and top-p, as vLLM cuts them: the smallest set of likeliest tokens with that mass is kept."""
+    ordered, order = p.sort(-1, descending=True)
+    ranks = torch.arange(p.shape[-1], device=p.device)
+    k = torch.tensor([c.top_k or p.shape[-1] for c in rows], device=p.device)
+    ordered = torch.where(ranks[None] < k[:, None], ordered, 0.0)
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    mass = torch.tensor([c.top_p for c in rows], device=p.device)
+    ordered = torch.where(ordered.cumsum(-1) - ordered < mass[:, None], ordered, 0.0)
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter_(-1, order, ordered)
 
 
 def confidence(control: Control) -> tuple[float | None, float | None]:
@@ -318,9 +379,10 @@ def confidence(control: Control) -> tuple[float | None, float | None]:
 
 def instructions(control: Control) -> dict[str, Any]:
     """The JSON form that travels in ``extra_args``."""
-    return {
-        EXTRA_ARGS_KEY: Instructions(
-            due=control.due, think_close=control.think_close, close=control.close, lead=control.lead,
-            signals=control.signals, **({"key": control.key} if control.key is not None else {}),
-        )
-    }  # fmt: skip
+    step = {"step": control.step} if control.step else {}
+    more = (
+        step
+        | ({"signals": True} if control.signals else {})
+        | ({"key": control.key} if control.key is not None else {})
+    )
+    return {EXTRA_ARGS_KEY: control.instructions() | more}

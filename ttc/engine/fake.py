@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ttc.costmodel import ModelShape
+from ttc.engine.course import Course
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
-from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
 
 TINY_SHAPE_CONFIG = {
     "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -60,21 +61,22 @@ def random_writer(
     return write
 
 
+THOUGHT, CLOSE, CLOSING, ANSWER, WORD = range(5)
+"""The fake's tokens: a thought's, its closing delimiter, the rest of a closing span, an answer's; each word of a trigger is one."""
+
+
 @dataclass(slots=True)
 class _Live:
     request: Request
     script: Script
-    generated: int = 0
-    forced: int = 0
-    due: int = 0
-    closed_at: int | None = None
-    by_force: bool = False
+    course: Course
     reads: float = 0.0
-    queue: int = 0
+    thought: int = 0  # tokens of thinking of its own
+    answered: int = 0
 
     @property
     def output(self) -> int:
-        return self.generated + self.forced
+        return len(self.course.output)
 
 
 @dataclass(slots=True)
@@ -124,7 +126,13 @@ class FakeEngine:
         issued = self._issued.get(key, 0)
         self._issued[key] = issued + 1
         self._counts["requests"] += 1
-        self._live[ticket] = _Live(request, self.writer(request, issued), due=request.thinking_tokens)
+        control = request.control or Control()
+        course = Course(
+            due=request.thinking_tokens, think_close=[CLOSE], close=[CLOSE, *[CLOSING] * (self.close_tokens - 1)],
+            triggers=[[WORD] * len(text.split()) for text in control.triggers], at=list(control.at), relative=control.relative,
+            at_end=control.at_end, min_thinking=control.min_thinking, seed=request.seed,
+        )  # fmt: skip
+        self._live[ticket] = _Live(request, self.writer(request, issued), course)
         self.peak = max(self.peak, len(self._live))
 
     def step(self) -> StepReport:
@@ -148,23 +156,30 @@ class FakeEngine:
         if live.output == 0:
             self._counts["prompt_tokens"] += self.count_prompt(live.request.problem)
         self._counts["output_tokens"] += 1
-        if live.queue:
-            live.queue -= 1
-            live.forced += 1
-        elif live.closed_at is None and live.output >= live.due:
-            live.queue, live.closed_at, live.by_force = (
-                self.close_tokens - 1,
-                live.output + self.close_tokens,
-                True,
-            )
-            live.forced += 1
+        course = live.course
+        while not course.forcing() and course.next_position() <= live.output:
+            course.arrive()
+        closed = course.thought_closed()
+        if not course.forcing() and not closed and live.thought >= live.script.thinking:
+            if course.guards_end() and not course.forbids_end():
+                course.end_came()
+            live.thought = (
+                live.thought // 2
+            )  # what the script does if it may not end: think on, half as long again
+            if not course.guards_end() and not course.forcing():
+                live.thought = live.script.thinking
+        if course.forcing():
+            course.output.append(course.force())
+        elif closed:
+            course.output.append(ANSWER)
+            live.answered += 1
+        elif live.thought >= live.script.thinking:
+            course.output.append(CLOSE)
         else:
-            live.generated += 1
-            if live.closed_at is None and live.generated > live.script.thinking:
-                live.closed_at = live.output
-        cap = live.due + self.room_tokens
-        written = live.closed_at is not None and live.output >= live.closed_at + live.script.answer_tokens
-        if written or live.output >= cap:
+            course.output.append(THOUGHT)
+            live.thought += 1
+        written = live.answered >= live.script.answer_tokens
+        if written or live.output >= course.due + self.room_tokens:
             report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))
         else:
             report.progress[ticket] = Progress(live.output, live.reads)
@@ -174,12 +189,13 @@ class FakeEngine:
         rng = random.Random(live.request.seed)
         text = (
             "thinking"
-            if live.closed_at is None or finish in ("abort", "error")
+            if not live.course.thought_closed() or finish in ("abort", "error")
             else f"thinking</think>{live.script.answer}"
         )
         return Completion(
             text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
-            generated_tokens=live.generated, forced_tokens=live.forced, closed=live.by_force, weight_reads=live.reads,
+            generated_tokens=live.output - live.course.forced, forced_tokens=live.course.forced, weight_reads=live.reads,
+            closed=live.course.closed_by_force, triggers=live.course.begun, token_ids=tuple(live.course.output),
             mean_logprob=-rng.random() if live.request.signals else None,
             self_certainty=rng.random() if live.request.signals else None,
             error="the fake engine was told to fail" if finish == "error" else "",
@@ -187,8 +203,7 @@ class FakeEngine:
 
     def steer(self, ticket: int, word: Literal["close"]) -> None:
         if ticket in self._live:
-            live = self._live[ticket]
-            live.due = min(live.due, live.output)
+            self._live[ticket].course.close_now()
 
     def abort(self, tickets: Sequence[int]) -> None:
         self._ended.extend((t, self._end(t, "abort")) for t in tickets if t in self._live)

@@ -22,6 +22,7 @@ from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.errors import EngineError, InputError
 from ttc.types import Completion, Finish, Problem, Request
+from ttc.types import Control as Steering
 
 if TYPE_CHECKING:
     from ttc.engine.control import Control
@@ -37,6 +38,9 @@ QUIET = {
 }
 
 
+_STEERING = ("relative", "at_end", "min_thinking", "loop_repeats", "stop_below", "stop_window", "stop_top_k")
+
+
 @dataclass(slots=True)
 class _Running:
     control: Control
@@ -46,6 +50,8 @@ class _Running:
     reads: float = 0.0
     cached: int = 0
     limit: int | None = None
+    step_tokens: int = 0
+    partial: bool = False
 
 
 class VLLMEngine:
@@ -74,7 +80,9 @@ class VLLMEngine:
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
         # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
-        self._in_process = self._llm.vllm_config.parallel_config.world_size == 1
+        self._in_process = isinstance(
+            self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
+        ) and (self._llm.vllm_config.parallel_config.world_size == 1)
         kinds = self._vllm.sampling_params.RequestOutputKind
         self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
         self._close_ids = self._ids(self.files.format.close_text)
@@ -100,6 +108,7 @@ class VLLMEngine:
         self._running: dict[int, _Running] = {}
         self._ended: list[tuple[int, Completion]] = []
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
+        self._spans: dict[str, list[int]] = {}
 
     # -- start-up ---------------------------------------------------------------------------------------------------------
     def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
@@ -179,7 +188,8 @@ class VLLMEngine:
     def submit(self, ticket: int, request: Request) -> None:
         from ttc.engine.control import CONTROLS, Control, instructions
 
-        ids = self._prompt_ids(request.problem, request.effort) + self._ids(request.prefix)
+        prefix = list(request.prefix_ids) or self._ids(request.prefix)
+        ids = self._prompt_ids(request.problem, request.effort) + prefix
         control = Control(
             due=request.thinking_tokens,
             think_close=self._end_ids,
@@ -187,26 +197,76 @@ class VLLMEngine:
             lead=self._lead_ids,
             signals=bool(request.signals),
             key=next(_KEYS),
+            seed=request.seed,
+            opened=not _contains(prefix, self._end_ids),
+            **self._steering(request.control),
         )
         try:
+            if request.step_text:
+                control.step = self._step_ids(request.step_text)
             params = self._params(request, instructions(control))
             self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
-        except ValueError as error:  # vLLM's own validation of this one request
+        except ValueError as error:  # vLLM's own validation of this one request, or ours
             self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
             return
         if self._in_process:
             CONTROLS[control.key or 0] = control
         self._stats.requests += 1
-        self._running[ticket] = _Running(control, len(ids))
+        self._running[ticket] = _Running(control, len(ids), step_tokens=request.step_tokens)
+
+    def _steering(self, control: Steering | None) -> dict[str, Any]:
+        """A request's control in ids. Raises InputError for a trigger that this tokenizer makes nothing of."""
+        if control is None:
+            return {}
+        return {
+            "triggers": [self._trigger_ids(text) for text in control.triggers],
+            "at": list(control.at),
+            **{name: getattr(control, name) for name in _STEERING},
+        }
+
+    def _trigger_ids(self, text: str) -> list[int]:
+        ids = self._spans.get(text)
+        if ids is None:
+            ids = self._spans[text] = self._ids(text)
+            if not ids:
+                raise InputError(f"trigger: {text!r} is no token of {self.files.name}'s; give some words")
+        return ids
+
+    def check_control(self, control: Steering) -> None:
+        """Raise InputError for a control that no branch of this model can follow."""
+        if not self._end_ids:
+            raise InputError(
+                f"think-close: {self.files.name} has no delimiter that ends a thought, so nothing can be forced inside one;"
+                " name it with --think-close, or use a policy that does not steer"
+            )
+        self._steering(control)
+
+    def _step_ids(self, text: str) -> list[int]:
+        """Every token with ``text`` in it: behind any of them a step ends. Raises InputError if there is none."""
+        ids = self._spans.get("step " + text)
+        if ids is None:
+            size = len(self._tokenizer)
+            special = set(self._tokenizer.all_special_ids)
+            words = self._tokenizer.batch_decode([[i] for i in range(size)])
+            ids = [i for i, word in enumerate(words) if text in word and i not in special]
+            if not ids:
+                raise InputError(
+                    f"step: no single token of {self.files.name}'s has {text!r} in it; use another delimiter, or step_tokens alone"
+                )
+            self._spans["step " + text] = ids
+        return ids
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:
         sampling = request.sampling
+        most = request.thinking_tokens + self.room_tokens
+        pauses = 0 < request.step_tokens <= request.thinking_tokens
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=request.seed if sampling.temperature > 0 else None,
-            max_tokens=request.thinking_tokens + self.room_tokens,
+            max_tokens=request.step_tokens if pauses else most,
+            stop_token_ids=extra["ttc"].get("step"),
             extra_args=extra,
             skip_special_tokens=False,
             detokenize=False,
@@ -244,6 +304,7 @@ class VLLMEngine:
             output = ended.get(ticket)
             if output is not None:
                 running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+                running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
             elif running.limit is not None and running.tokens >= running.limit:
                 self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
@@ -265,6 +326,7 @@ class VLLMEngine:
             running.ids.extend(output.outputs[0].token_ids)
             running.reads += share
             if output.finished:
+                running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
             else:
                 report.progress[ticket] = Progress(len(running.ids), running.reads)
@@ -289,6 +351,8 @@ class VLLMEngine:
             cached_tokens=running.cached,
             token_ids=tuple(running.ids),
             closed=control.closed_by_force,
+            triggers=control.begun,
+            partial=running.partial,
             weight_reads=running.reads,
             mean_logprob=mean_logprob,
             self_certainty=self_certainty,
@@ -373,6 +437,19 @@ class _Stats:
         self.steps += 1
 
 
+def _contains(ids: Sequence[int], wanted: Sequence[int]) -> bool:
+    width = len(wanted)
+    return bool(width) and any(list(ids[i : i + width]) == list(wanted) for i in range(len(ids) - width + 1))
+
+
+def _paused(output: Any, running: _Running) -> bool:
+    """True if a branch of a search came to the end of a step, not of its text."""
+    end = output.outputs[0]
+    if end.finish_reason == "stop":
+        return end.stop_reason in running.control.step
+    return 0 < running.step_tokens <= len(running.ids) and not running.control.done
+
+
 def _finish(output: Any) -> Finish:
     return "stop" if output.outputs[0].finish_reason == "stop" else "length"
 
@@ -391,6 +468,7 @@ def import_vllm() -> Any:
             import vllm
             import vllm.platforms
             import vllm.sampling_params
+            import vllm.v1.engine.core_client
             import vllm.v1.engine.llm_engine
     except ImportError as error:
         raise EngineError(
