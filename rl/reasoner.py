@@ -103,6 +103,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": self.corpus.rng.getstate(),
+            "written": self.corpus.written,
             **{name: getattr(self, name) for name in _COUNTERS},
         }
         torch.save(state, out / "checkpoint.tmp")
@@ -121,6 +122,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.corpus.rng.setstate(state["rng"])
+        self.corpus.written = dict(state["written"])
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
@@ -214,7 +216,7 @@ def train(
     config["training"]["tokens"] = tokens or config["training"]["tokens"]
     config["training"]["seed"] = seed
     folder = Path(out) if out is not None else Path("runs") / f"reasoner-{size}-{seed}"
-    run = Run(config, seed, device or ("cuda" if torch.cuda.is_available() else "cpu"), heldout.expressions())
+    run = Run(config, seed, device or ("cuda" if torch.cuda.is_available() else "cpu"), heldout.keys())
     if not restart and (folder / "checkpoint.pt").exists():
         run.resume(folder)
     started, earlier, saved = time.monotonic(), run.seconds, time.monotonic()

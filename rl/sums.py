@@ -1,4 +1,4 @@
-"""The task rg:chain_sum: sums and differences, drawn and worked out in three styles.
+"""The task rg:chain_sum: sums and differences, short and long, drawn and worked out in four styles.
 
 The distribution is reasoning-gym's (chain_sum.py, 0.1.25): every term of a problem has the same number of
 digits, from 10^(d-1) to 10^d - 1 (one digit: 0 to 9), the first term has no sign, operators are fair coins.
@@ -7,11 +7,13 @@ items.
 
 Styles, weakest first; one line each for ``47 + 38 - 58``::
 
-    totals     47,85,27;                                   running totals only equations  47 + 38 = 85;85 - 58
-    = 27;                  every step written out columns    47 + 38:15,8 = 85;85 - 58:7-,2 = 27;        every
-    step by digit columns from the right; in an addition a
-                                                           column's tens are its carry, in a subtraction "-"
-                                                           marks a borrow
+    totals     47,85,27;                                 running totals only
+    equations  47 + 38 = 85;85 - 58 = 27;                every step written out
+    columns    47 + 38:15,8 = 85;85 - 58:7-,2 = 27;      every step by digit columns from the right
+    state      47 + 38 - 58;85 - 58;27;                  what is left to add, written anew after every step
+
+In an addition a column's tens are its carry; in a subtraction "-" marks a borrow. State is for long problems: n terms take
+about n² tokens, and no step looks further back than the line before.
 """
 
 from __future__ import annotations
@@ -21,24 +23,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ttc.rl.chains import Chain, Piece, Value
 from ttc.rl.tokenizer import CHAIN_SUM_PHRASE
 
 STYLES = ("totals", "equations", "columns")
+LONG_TERMS = 13
+"""From so many terms on a sum is long: it may be worked out by state, and not by columns."""
 
-
-class Piece(NamedTuple):
-    """Text and the weight of its tokens in the loss (0: read, never imitated)."""
-
-    text: str
-    weight: float = 1.0
-
-
-class Chain(NamedTuple):
-    """One way through a problem: what is written, and the value it ends at (wrong if a mistake was
-    planted)."""
-
-    pieces: list[Piece]
-    value: int
+LONG_TOKENS = 2600
+SHORT_TOKENS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +45,69 @@ class Sum:
     @property
     def expression(self) -> str:
         """As reasoning-gym writes it; also the key by which held-out problems are kept out of training."""
-        parts = (f" {_sign(sign)} {term}" for term, sign in zip(self.terms[1:], self.signs[1:], strict=True))
-        return f"{self.terms[0]}{''.join(parts)}"
+        return f"{self.terms[0]}{self.tail(1)}"
+
+    def tail(self, start: int) -> str:
+        """The terms from ``start`` on, each with its sign."""
+        rest = zip(self.terms[start:], self.signs[start:], strict=True)
+        return "".join(f" {_sign(sign)} {term}" for term, sign in rest)
 
     @property
     def answer(self) -> int:
         return sum(term * sign for term, sign in zip(self.terms, self.signs, strict=True))
 
     @property
+    def key(self) -> str:
+        return self.expression
+
+    @property
     def prompt(self) -> str:
         return f"{CHAIN_SUM_PHRASE}{self.expression} ="
+
+    @property
+    def long(self) -> bool:
+        return len(self.terms) >= LONG_TERMS
+
+    @property
+    def first(self) -> Mapping[str, float]:
+        if self.long:
+            return {"totals": 0.25, "equations": 0.40, "state": 0.35}
+        return {"totals": 0.50, "equations": 0.35, "columns": 0.15}
+
+    @property
+    def stronger(self) -> Mapping[str, tuple[str, ...]]:
+        if self.long:
+            return {"totals": ("equations", "state"), "equations": ("state",), "state": ("state",)}
+        return {"totals": ("equations", "columns"), "equations": ("columns",), "columns": ("columns",)}
+
+    @property
+    def unit_style(self) -> str:
+        return "equations"
+
+    @property
+    def max_tokens(self) -> int:
+        return LONG_TOKENS if self.long else SHORT_TOKENS
+
+    def right(self, value: Value) -> bool:
+        return value == self.answer
+
+    def other_words(self, rng: random.Random) -> str:
+        compact = self.expression.replace(" ", "")
+        return rng.choice(
+            (
+                f"What is {self.expression}?",
+                f"What is {compact}?",
+                f"{self.expression} =",
+                self.expression,
+                compact,
+            )
+        )
+
+    def work(
+        self, rng: random.Random, style: str, mistake: bool = False, previous: Value | None = None
+    ) -> Chain:
+        """See ``work``; ``previous`` (the conclusion that is checked) does not matter here."""
+        return work(rng, self, style, mistake)
 
 
 def draw(rng: random.Random, data: Mapping[str, Any], progress: float) -> Sum:
@@ -81,12 +127,24 @@ def draw(rng: random.Random, data: Mapping[str, Any], progress: float) -> Sum:
     return Sum(terms, (1, *(rng.choice((1, -1)) for _ in terms[1:])), digits)
 
 
+def draw_long(rng: random.Random, data: Mapping[str, Any], progress: float) -> Sum:
+    """A long training problem: up to ``data["long_terms"]`` terms (reached at two thirds of training) of 1 or 2 digits, as
+    ``data["long_digits"]`` shares them."""
+    most = round(LONG_TERMS + 3 + (data["long_terms"] - LONG_TERMS - 3) * min(1.0, 1.5 * progress))
+    digits = rng.choices(range(1, len(data["long_digits"]) + 1), data["long_digits"])[0]
+    low, high = (0, 9) if digits == 1 else (10 ** (digits - 1), 10**digits - 1)
+    terms = tuple(rng.randint(low, high) for _ in range(rng.randint(LONG_TERMS, most)))
+    return Sum(terms, (1, *(rng.choice((1, -1)) for _ in terms[1:])), digits)
+
+
 def work(rng: random.Random, problem: Sum, style: str, mistake: bool = False) -> Chain:
     """Work the problem out; with ``mistake`` one step goes wrong and everything after it builds on the wrong
     total."""
     wrong_at = rng.randrange(1, len(problem.terms)) if mistake else -1
     total = problem.terms[0]
     pieces = [Piece(str(total))] if style == "totals" else []
+    if style == "state":
+        pieces = [Piece(f"{problem.expression};")]
     for index in range(1, len(problem.terms)):
         right = Step(
             problem.terms[index], problem.signs[index], total + problem.terms[index] * problem.signs[index]
@@ -95,6 +153,8 @@ def work(rng: random.Random, problem: Sum, style: str, mistake: bool = False) ->
         weight = float(step == right)
         if style == "totals":
             pieces += [Piece(","), Piece(str(step.value), weight)]
+        elif style == "state":
+            pieces += [Piece(str(step.value), weight), Piece(f"{problem.tail(index + 1)};")]
         else:
             columns = f":{column_work(total, step.term * step.sign)}" if style == "columns" else ""
             read_right = float(step[:2] == right[:2])

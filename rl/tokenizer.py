@@ -35,7 +35,36 @@ CHAIN_SUM_PHRASE = "State the final answer to the following arithmetic problem: 
 PHRASES = (CHAIN_SUM_PHRASE, "What is ", "So ", " + ", " - ", " = ", " =")
 CHARS = (*tuple(chr(code) for code in range(32, 127)), "\n")
 
-VOCABULARY: tuple[str, ...] = (*SPECIAL, THINK_OPEN, THINK_CLOSE, *EFFORTS, *TRIGGERS, *PHRASES, *CHARS)
+PRODUCT_PHRASES = ("Solve the following multiplication: ", ". Give only the result as your final answer.")
+COUNTDOWN_PHRASES = (
+    (
+        "Using all the numbers ",
+        ", create an expression that equals ",
+        ".\nYou can only use each number once.",
+    ),
+    ("Find a way to make ", " using all of these numbers: ", ".\nEach number can only be used once."),
+    ("Calculate ", " using all of these numbers: ", ".\nEach number may be used at most once."),
+)
+"""Around numbers and target (first template) or target and numbers."""
+
+COUNTDOWN_ENDING = (
+    "\n\nFinal answer format instructions:\n1. Provide your solution as a arithmetic expression (no '=' sign).\n"
+    "2. Do not include the target number in the expression.\n3. Use '*' for multiplication.\n4. Use '/' for division.\n"
+    "5. Do not include any other text or formatting.\n"
+)
+"""Reasoning-gym's, word for word (the reasoner reads it as one token)."""
+
+MORE_PHRASES = (
+    *PRODUCT_PHRASES,
+    " * ",
+    *dict.fromkeys(phrase for template in COUNTDOWN_PHRASES for phrase in template),
+    COUNTDOWN_ENDING,
+)
+"""Behind the characters, so that the ids of the vocabulary of the first nano-s keep their meaning."""
+
+VOCABULARY: tuple[str, ...] = (
+    *SPECIAL, THINK_OPEN, THINK_CLOSE, *EFFORTS, *TRIGGERS, *PHRASES, *CHARS, *MORE_PHRASES
+)  # fmt: skip
 ID = {token: index for index, token in enumerate(VOCABULARY)}
 PAD, BOS, EOS, UNK = (ID[token] for token in SPECIAL[:4])
 

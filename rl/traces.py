@@ -1,8 +1,8 @@
 """Reasoning traces: a first chain, rechecks, a conclusion; sometimes cut short, so that a forced close can be
 answered.
 
-Task-neutral: a task (ttc.rl.sums is the first) draws problems and works them out in styles ordered from weak
-to strong; this module composes the chains. What a trace teaches, and why (measurements in docs/nano.md):
+Task-neutral: a task (ttc.rl.sums, products, countdown) draws problems and works them out in styles ordered from weak to strong
+(``ttc.rl.chains``); this module composes the chains. What a trace teaches, and why (measurements in docs/nano.md):
 
 * A recheck after a trigger is written in a stronger style than what it checks, so a trigger buys accuracy.
 * The number of rechecks does not depend on agreement, so a second trigger does no harm.
@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ttc.rl import sums, tokenizer
-from ttc.rl.sums import STYLES, Piece, Sum
+from ttc.rl import countdown, products, sums, tokenizer
+from ttc.rl.chains import Piece, Value, Worked
 
 EFFORT_EDGES = (0.7, 1.4, 2.6)
-"""Thinking tokens over the tokens of one chain of equations: below the first edge effort is 0.25, … above the
-last 1.0."""
+"""Thinking tokens over the tokens of one chain in the task's unit style (sums: equations): below the first edge effort is
+0.25, … above the last 1.0."""
 
 RECHECKS = (0.38, 0.28, 0.18, 0.10, 0.06)  # probabilities of 0, 1, … rechecks
 CHECKED_FROM = 0.3  # share of traces that may be rechecked at the start of training; it rises with progress
-FIRST_STYLE = (0.50, 0.35, 0.15)  # of STYLES, for the first chain
-STRONGER = {"totals": ("equations", "columns"), "equations": ("columns",), "columns": ("columns",)}
 TRIGGER_SHARE = (0.5, 0.2, 0.3)  # of tokenizer.TRIGGERS
 FIRST_WRONG, SECOND_WRONG = 0.5, 0.2  # chance of a planted mistake in a chain that will be rechecked
 INTERRUPTED = 0.10  # share of rechecked first chains that a trigger cuts short
@@ -44,11 +42,18 @@ SPACE_NOISE = (
 )
 LONG = 0.04  # share of small problems with many rechecks, so that long contexts are seen
 SMALL_TOKENS = 60
-MAX_TOKENS = 1000
+
+TASKS: Mapping[str, Callable[[random.Random, Mapping[str, Any], float], Worked]] = {
+    "sums": sums.draw,
+    "long": sums.draw_long,
+    "products": products.draw,
+    "countdown": countdown.draw,
+}
+"""What the table ``data.tasks`` of a size's file may name."""
 
 
 class Trace(NamedTuple):
-    """Token ids, the weight of each as a target, and the true answer."""
+    """Token ids, the weight of each as a target, and the answer (a true one)."""
 
     ids: list[int]
     weights: list[float]
@@ -59,34 +64,35 @@ class Thought(NamedTuple):
     """Thinking as pieces; ``conclusions`` are (index of the piece after which it stands, value)."""
 
     pieces: list[Piece]
-    conclusions: list[tuple[int, int]]
+    conclusions: list[tuple[int, Value]]
     unit_tokens: int
 
 
-def vote(values: Sequence[int]) -> int:
+def vote(values: Sequence[Value]) -> Value:
     """The most frequent value, ties to the latest."""
     counts = Counter(values)
     most = max(counts.values())
     return next(value for value in reversed(values) if counts[value] == most)
 
 
-def trace(rng: random.Random, problem: Sum, progress: float = 1.0) -> Trace:
+def trace(rng: random.Random, problem: Worked, progress: float = 1.0) -> Trace:
     """One training example of a problem; early in training (``progress``) few are rechecked: first chains
     teach more a token."""
     while True:
         thought = _think(rng, problem, checked=rng.random() < CHECKED_FROM + progress)
-        if vote([value for _, value in thought.conclusions]) != problem.answer:
+        answer = vote([value for _, value in thought.conclusions])
+        if not problem.right(answer):
             continue
         ids, weights = flatten(thought.pieces)
-        if len(ids) <= MAX_TOKENS:
+        if len(ids) <= problem.max_tokens:
             break
     head, head_weights = flatten(_prompt(rng, problem, len(ids) / thought.unit_tokens))
     if rng.random() < CUT:
-        ids, weights, ending = _cut(rng, problem, thought, ids, weights)
+        ids, weights, ending = _cut(rng, problem, thought, answer, ids, weights)
     else:
-        ending = [Piece("</think>"), Piece(str(problem.answer))]
+        ending = [Piece("</think>"), Piece(str(answer))]
     tail, tail_weights = flatten([*ending, Piece("<eos>")])
-    return Trace(head + ids + tail, head_weights + weights + tail_weights, str(problem.answer))
+    return Trace(head + ids + tail, head_weights + weights + tail_weights, str(answer))
 
 
 def flatten(pieces: Sequence[Piece]) -> tuple[list[int], list[float]]:
@@ -100,36 +106,37 @@ def flatten(pieces: Sequence[Piece]) -> tuple[list[int], list[float]]:
     return ids, weights
 
 
-def _think(rng: random.Random, problem: Sum, checked: bool) -> Thought:
+def _think(rng: random.Random, problem: Worked, checked: bool) -> Thought:
     """Chains and conclusions, with mistakes planted where a recheck will find them."""
-    style = rng.choices(STYLES, FIRST_STYLE)[0]
-    unit = len(flatten(sums.work(rng, problem, "equations").pieces)[0])
+    style = rng.choices(list(problem.first), list(problem.first.values()))[0]
+    unit = len(flatten(problem.work(rng, problem.unit_style).pieces)[0])
     rechecks = rng.choices(range(len(RECHECKS)), RECHECKS)[0] if checked else 0
     if checked and unit < SMALL_TOKENS and rng.random() < LONG:
         rechecks = rng.randint(5, 8)
     pieces: list[Piece] = []
-    conclusions: list[tuple[int, int]] = []
+    conclusions: list[tuple[int, Value]] = []
     for index in range(rechecks + 1):
         wrong = (
             FIRST_WRONG if index == 0 and rechecks else SECOND_WRONG if index == 1 and rechecks > 1 else 0.0
         )
-        chain = sums.work(rng, problem, style, rng.random() < wrong)
+        previous = conclusions[-1][1] if conclusions else None
+        chain = problem.work(rng, style, rng.random() < wrong, previous)
         interrupted = index == 0 and rechecks > 0 and rng.random() < INTERRUPTED
         if interrupted:
             pieces += _interrupt(rng, chain.pieces)
         else:
-            pieces += [*chain.pieces, Piece("So "), Piece(str(chain.value)), Piece(".")]
+            pieces += [*chain.pieces, Piece("So "), Piece(str(chain.value), chain.said), Piece(".")]
             conclusions.append((len(pieces), chain.value))
         if index < rechecks:
             pieces += _trigger(rng, by_force=interrupted)
-            style = rng.choice(STRONGER[style])
+            style = rng.choice(problem.stronger[style])
     return Thought(pieces, conclusions, unit)
 
 
 def _interrupt(rng: random.Random, pieces: Sequence[Piece]) -> list[Piece]:
     """A chain cut at a random token."""
     ids, weights = flatten(pieces)
-    keep = rng.randrange(len(ids))
+    keep = rng.randrange(len(ids)) if ids else 0
     return [
         Piece(tokenizer.VOCABULARY[token], weight) for token, weight in zip(ids[:keep], weights, strict=False)
     ]
@@ -147,20 +154,9 @@ def _space(rng: random.Random) -> str:
     return rng.choice(("", " ", "\n", "\n\n"))
 
 
-def _prompt(rng: random.Random, problem: Sum, length: float) -> list[Piece]:
+def _prompt(rng: random.Random, problem: Worked, length: float) -> list[Piece]:
     """The chat up to ``<think>``; mostly reasoning-gym's own words, sometimes other ways to ask."""
-    words = problem.prompt
-    if rng.random() < OTHER_WORDS:
-        compact = problem.expression.replace(" ", "")
-        words = rng.choice(
-            (
-                f"What is {problem.expression}?",
-                f"What is {compact}?",
-                f"{problem.expression} =",
-                problem.expression,
-                compact,
-            )
-        )
+    words = problem.other_words(rng) if rng.random() < OTHER_WORDS else problem.prompt
     level = sum(length >= edge for edge in EFFORT_EDGES)
     effort = [Piece(tokenizer.EFFORTS[level])] if rng.random() < EFFORT_GIVEN else []
     return [
@@ -172,7 +168,7 @@ def _prompt(rng: random.Random, problem: Sum, length: float) -> list[Piece]:
 
 
 def _cut(
-    rng: random.Random, problem: Sum, thought: Thought, ids: list[int], weights: list[float]
+    rng: random.Random, problem: Worked, thought: Thought, answer: Value, ids: list[int], weights: list[float]
 ) -> tuple[list[int], list[float], list[Piece]]:
     """Close by force at a random token and answer with the best current guess.
 
@@ -183,26 +179,35 @@ def _cut(
     keep = rng.randrange(len(ids) + 1)
     ends = [len(flatten(thought.pieces[:count])[0]) for count, _ in thought.conclusions]
     known = [value for end, (_, value) in zip(ends, thought.conclusions, strict=True) if end <= keep]
-    guess = vote(known) if known else problem.answer
-    weight = 0.0 if guess != problem.answer else 1.0 if known else GUESS_WEIGHT
+    guess = vote(known) if known else answer
+    weight = 0.0 if not problem.right(guess) else 1.0 if known else GUESS_WEIGHT
     noise = [Piece(_space(rng), 0.0)] if rng.random() < SPACE_NOISE else []
     return ids[:keep], weights[:keep], [*noise, Piece("</think>", 0.0), Piece(str(guess), weight)]
 
 
-def corpus(seed: int, data: Mapping[str, Any], held_out: frozenset[str]) -> Corpus:
-    """An endless, resumable stream of traces."""
-    return Corpus(random.Random(seed), data, held_out)
-
-
 class Corpus:
-    """Draws problems that are not held out and writes traces for them. ``rng`` is its whole state."""
+    """An endless, resumable stream of traces of problems that are not held out. ``rng`` and ``written`` are its whole state.
+
+    ``data`` is the table of that name in a size's file; ``data["tasks"]`` gives the tasks' shares of the tokens,
+    ``data["from"]`` the share of training after which a task starts (0 if not named).
+    """
 
     def __init__(self, rng: random.Random, data: Mapping[str, Any], held_out: frozenset[str]) -> None:
         self.rng, self.data, self.held_out = rng, data, held_out
+        self.written: dict[str, float] = {}
 
     def draw(self, progress: float) -> Trace:
-        """The next trace, at a share ``progress`` of training."""
+        """The next trace, at a share ``progress`` of training: of the task that is furthest behind its share of tokens."""
+        shares, start = self.data["tasks"], self.data.get("from", {})
+        for name in shares:
+            if name not in self.written and progress >= start.get(name, 0.0):
+                self.written[name] = shares[name] * min(
+                    (self.written[n] / shares[n] for n in self.written), default=0.0
+                )
+        name = min(self.written, key=lambda name: self.written[name] / shares[name])
         while True:
-            problem = sums.draw(self.rng, self.data, progress)
-            if problem.expression not in self.held_out:
-                return trace(self.rng, problem, progress)
+            problem = TASKS[name](self.rng, self.data, progress)
+            if problem.key not in self.held_out:
+                found = trace(self.rng, problem, progress)
+                self.written[name] += len(found.ids)
+                return found

@@ -17,7 +17,17 @@ from ttc.rl.reasoner import Run, batches  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "shape": {"width": 32, "feed_forward": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16},
-    "data": {"max_terms": 4, "digit_weights": [1.0], "max_columns": 8},
+    "data": {
+        "max_terms": 4,
+        "digit_weights": [1.0],
+        "max_columns": 8,
+        "product_digits": [1.0],
+        "countdown_numbers": [1.0, 0.5, 0.0],
+        "countdown_value": 9,
+        "countdown_target": [2, 60],
+        "tasks": {"sums": 0.6, "products": 0.2, "countdown": 0.2},
+        "from": {"products": 0.2, "countdown": 0.3},
+    },
     "training": {
         "tokens": 20_000,
         "step_tokens": 512,
