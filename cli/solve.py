@@ -27,7 +27,7 @@ Engine = Annotated[
 ]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", "-p", help="greedy, self-consistency, best-of-n, weighted-vote; options as 'best-of-n?n=16'."),
+    typer.Option("--policy", "-p", help="self-consistency, best-of-n, iterative-deepening, …; options as 'best-of-n?n=16'."),
 ]  # fmt: skip
 BudgetOption = Annotated[
     str,
@@ -66,6 +66,7 @@ def solve(
     effort: Annotated[float | None, typer.Option(help="Relative effort in (0, 1], for models trained for it.")] = None,
     kv_budget: Annotated[int | None, typer.Option(help="KV tokens read per decoded token (sparse attention).")] = None,
     kv_method: Annotated[str | None, typer.Option(help="Sparse attention method.")] = None,
+    think_close: Annotated[str | None, typer.Option(help="What ends a thought, if the model's files don't tell.")] = None,
     verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
     concurrency: Annotated[int, typer.Option(help="Branches in flight.")] = 64,
@@ -105,7 +106,7 @@ def solve(
         options |= {"shape": _shape(shape)} if shape is not None else {}
     else:
         model = model or DEFAULT_MODEL
-        options |= {"context": context}
+        options |= {"context": context, "think_close": think_close}
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 

@@ -18,15 +18,19 @@ from ttc.jobs import Policy
 from ttc.policies.adaptive import Adaptive
 from ttc.policies.baselines import AdaptiveConsistency, DeepConf, EarlyStopping, ParallelProbe
 from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
+from ttc.policies.steered import BudgetForcing, IterativeDeepening, Plain
 
 POLICIES: dict[str, type[Any]] = {
     "adaptive": Adaptive,
     "adaptive-consistency": AdaptiveConsistency,
     "best-of-n": BestOfN,
+    "budget-forcing": BudgetForcing,
     "deepconf": DeepConf,
     "early-stopping": EarlyStopping,
     "greedy": Greedy,
+    "iterative-deepening": IterativeDeepening,
     "parallel-probe": ParallelProbe,
+    "plain": Plain,
     "self-consistency": SelfConsistency,
     "weighted-vote": WeightedVote,
 }
@@ -86,6 +90,6 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
 
 
 __all__ = [
-    "POLICIES", "Adaptive", "AdaptiveConsistency", "BestOfN", "DeepConf", "EarlyStopping", "Greedy", "ParallelProbe", "Policy",
-    "SelfConsistency", "WeightedVote", "describe", "parse",
+    "POLICIES", "Adaptive", "AdaptiveConsistency", "BestOfN", "BudgetForcing", "DeepConf", "EarlyStopping", "Greedy",
+    "IterativeDeepening", "ParallelProbe", "Plain", "Policy", "SelfConsistency", "WeightedVote", "describe", "parse",
 ]  # fmt: skip

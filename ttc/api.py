@@ -136,11 +136,13 @@ class Run:
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
+        _check_control(self.policy, engine)
         brief = Brief(
             seed=settings.seed,
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
             sampling=self.sampling,
             effort=settings.effort,
+            room_tokens=engine.room_tokens,
         )
         self.jury = Jury(info.format)
         probe = Driver(engine, self.policy, self.budget, self.jury, Ledger(), pricer, brief=brief)
@@ -233,11 +235,25 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_rew
             raise InputError(
                 f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
             )
-        if need != "reward" and need not in signals:
+        if need not in ("reward", "control") and need not in signals:
             known = ", ".join(signals) or "none"
             raise InputError(
                 f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
             )
+
+
+def _check_control(policy: Policy, engine: Engine) -> None:
+    """Raise InputError for a policy that steers chains on an engine or a model where that can't be done."""
+    if hasattr(policy, "check_room"):
+        policy.check_room(engine.room_tokens)
+    if "control" not in getattr(policy, "needs", ()):
+        return
+    if not hasattr(engine, "check_control"):
+        raise InputError(
+            f"policy: {policy.name} steers chains as they run, which the {engine.info.name} engine can't; use --engine vllm"
+        )
+    if hasattr(policy, "control"):
+        engine.check_control(policy.control(engine.info.context))
 
 
 def _sampling(own: Sampling, settings: Settings) -> Sampling:

@@ -82,12 +82,12 @@ class Control:
     thinking, so a cap bounds the whole; a span that would not fit before the cap is not begun.
 
     ``triggers`` are texts forced in turn (after the last, the first again): at each checkpoint of ``at`` that finds the thought
-    open (tokens of output in all; with ``relative``, tokens since the end of the trigger before), and in place of the first ``at_end``
-    ends of the thought (a closing delimiter or an end of text), each of which uses up a checkpoint too. A thought shorter than
-    ``min_thinking`` does not end: a trigger stands in for its end, or, without triggers, the end is made impossible.
-    ``loop_repeats`` N > 0: a thought whose last tokens are one period N times over gets a trigger, and is closed if it goes on.
-    ``stop_below``: the thought is closed once the mean of its last ``stop_window`` token confidences (nats, the mean negative
-    log-probability of the ``stop_top_k`` likeliest tokens: DeepConf, arXiv 2508.15260, Eq. 2 and 3) is lower.
+    open (tokens of output in all; with ``relative``, tokens since the end of the trigger before), and in place of the first
+    ``at_end`` ends of the thought (a closing delimiter or an end of text), each of which uses up a checkpoint too. A thought
+    shorter than ``min_thinking`` does not end: a trigger stands in for its end, or, without triggers, the end is made
+    impossible. ``loop_repeats`` N > 0: a thought whose last tokens are one period N times over gets a trigger, and is closed if
+    it goes on. ``stop_below``: the thought is closed once the mean of its last ``stop_window`` token confidences (nats, the
+    mean negative log-probability of the ``stop_top_k`` likeliest tokens: DeepConf, arXiv 2508.15260, Eq. 2 and 3) is lower.
     """
 
     triggers: tuple[str, ...] = ()
@@ -154,8 +154,9 @@ class Completion:
 
     ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans, triggers: ``triggers`` of them were begun);
     ``probe_tokens`` is what its anytime answers cost, beside the branch. ``partial``: it only paused at the end of a step.
-    ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in that step), None where the engine can't see its
-    batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None unless the request asked for them.
+    ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in
+    that step), None where the engine can't see its batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None
+    unless the request asked for them.
     """
 
     text: str
@@ -328,7 +329,7 @@ class Brief:
     """What a policy may know when it starts on a problem: no clock, no engine, no prices but these.
 
     ``max_thinking_tokens`` is the longest thought that the context allows beside this prompt and the room for an answer;
-    ``probe_tokens`` the price of an anytime answer (None: this engine gives none).
+    ``probe_tokens`` the price of an anytime answer (None: this engine gives none); ``room_tokens`` what an answer may take.
     """
 
     seed: int
@@ -341,6 +342,7 @@ class Brief:
     kv_budget: int | None = None
     kv_method: str | None = None
     probe_tokens: int | None = None
+    room_tokens: int = 0
 
     def request(self, problem: Problem, index: int, **changes: Any) -> Request:
         """The run's standard request for one more branch of ``problem``; ``changes`` override its fields."""

@@ -1,10 +1,10 @@
 """Control of running branches inside vLLM's step loop: a V1 logits processor, loaded through vLLM's plugin entry point.
 
-A branch carries its instructions in ``SamplingParams.extra_args["ttc"]``: a mapping (``ttc.engine.course``), or the same as one
-JSON string, since a server's ``vllm_xargs`` takes flat values only. The processor forces token ids at given output positions, so nothing
-is stopped, edited and prefilled again, and computes confidence where the logits are, so no log-probabilities leave the worker.
-In process (no worker processes) the engine also reaches a branch's ``Control`` through ``CONTROLS``: the controller's word takes
-effect at the next step, and what was forced and measured can be read.
+A branch carries its instructions in ``SamplingParams.extra_args["ttc"]``: a mapping (``ttc.engine.course``), or the same as
+one JSON string, since a server's ``vllm_xargs`` takes flat values only. The processor forces token ids at given output
+positions, so nothing is stopped, edited and prefilled again, and computes confidence where the logits are, so no
+log-probabilities leave the worker. In process (no worker processes) the engine also reaches a branch's ``Control`` through
+``CONTROLS``: the controller's word takes effect at the next step, and what was forced and measured can be read.
 
 A model that would end inside its thought closes it instead (the end mark's probability goes to the closing delimiter), and an
 answer has at least one token, so no branch ends empty. Where an end of the thought is to be replaced by a trigger, whether it would
@@ -40,7 +40,8 @@ EXTRA_ARGS_KEY = "ttc"
 @dataclass(slots=True, eq=False)
 class Control(Course):
     """One running branch as its processor sees it; ``scored`` counts the tokens in the sums. ``signals``: accumulate mean
-    log-probability and self-certainty; ``key``: registry key, in process only; ``step``: ids that end a step, and so are no end of the text."""
+    log-probability and self-certainty;
+    ``key``: registry key, in process only; ``step``: ids that end a step, and so are no end of the text."""
 
     MORE: ClassVar[tuple[str, ...]] = ("signals", "key", "step")
 

@@ -113,6 +113,9 @@ class FakeEngine:
     def room_tokens(self) -> int:
         return self.close_tokens + self.answer_room
 
+    def check_control(self, control: Control) -> None:
+        """Every control can be followed."""
+
     def clock(self) -> float:
         return self.now
 

@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,8 +58,9 @@ class VLLMEngine:
     """An in-process vLLM engine behind the ``Engine`` protocol.
 
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
-    ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours. Raises InputError for a model that can't be found and
-    EngineError if vLLM is missing or does not start.
+    ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
+    thought, where the model's own files don't tell. Raises InputError for a model that can't be found and EngineError if vLLM
+    is missing or does not start.
     """
 
     def __init__(
@@ -70,10 +71,13 @@ class VLLMEngine:
         context: int | None = None,
         dtype: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
+        think_close: str | None = None,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
         self.files: ModelFiles = load_model_files(model)
+        if think_close is not None:
+            self.files = _with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
         self._stats = _Stats()
         self._llm = self._start(concurrency, context, dtype, engine_args or {})
@@ -435,6 +439,16 @@ class _Stats:
         self.cached_tokens += step.prompt_token_stats.cached_tokens
         self.preemptions += step.num_preempted_reqs
         self.steps += 1
+
+
+def _with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:
+    """The model's files with another closing delimiter of thought."""
+    if not think_close.strip():
+        raise InputError(
+            "think-close: an empty delimiter ends no thought; give the model's own, such as '</think>'"
+        )
+    form = replace(files.format, think_close=think_close, close_text=think_close)
+    return replace(files, format=form)
 
 
 def _contains(ids: Sequence[int], wanted: Sequence[int]) -> bool:
