@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class PlainJudge:
     """Answers after ``</think>``, equality of strings: a judge without child processes."""
 
+    slow = False
+
     def answer(self, problem: Problem, text: str) -> str | None:
         return text.split("</think>", 1)[1].strip() or None if "</think>" in text else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +18,24 @@ from ttc.budget import Budget
 from ttc.driver import Driver
 from ttc.engine.fake import FakeEngine, Script, random_writer
 from ttc.errors import BudgetTooSmall, EngineError
+from ttc.jobs import Status
 from ttc.ledger import Ledger
 from ttc.policies import parse
 from ttc.pricing import Pricer, spent_in
 from ttc.samplers import leader, tally
-from ttc.types import Branch, Brief, Charge, Generate, Outcome, Problem, Request, Result, Routine, Sampling
+from ttc.types import (
+    Branch,
+    Brief,
+    Charge,
+    Generate,
+    Outcome,
+    Problem,
+    Request,
+    Result,
+    Routine,
+    Sampling,
+    Verdict,
+)
 
 
 def pricer_for(engine: FakeEngine) -> Pricer:
@@ -206,11 +221,56 @@ class BreakingJudge(PlainJudge):
 def test_a_verifier_that_breaks_costs_the_verdict_only() -> None:
     engine = FakeEngine()
     driver = make_driver(engine, parse("self-consistency?n=3"), Budget(500, "tokens"))
-    driver.judge = BreakingJudge()
+    driver.closing.judge = BreakingJudge()
     results = list(driver.run(make_problems(3)))
     assert all(
         r.answer is not None and r.verdict is None and "the verifier broke" in r.error for r in results
     )
+
+
+class WaitingJudge(PlainJudge):
+    """Its verdicts on the first problem wait for ``gate``."""
+
+    slow = True
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.in_time = True
+
+    def verdict(self, problem: Problem, answer: str | None) -> Verdict | None:
+        if problem.id == "p0":
+            self.in_time &= self.gate.wait(30.0)
+        return super().verdict(problem, answer)
+
+
+def test_slow_verdicts_hold_up_neither_the_engine_nor_the_order_of_results() -> None:
+    judge, problems = WaitingJudge(), make_problems(6)
+    engine = FakeEngine(concurrency=2)
+    driver = make_driver(engine, parse("self-consistency?n=3"), Budget(500, "tokens"))
+    driver.closing.judge = judge
+
+    def when_all_have_run(status: Status) -> None:
+        if status.samples == 18:
+            judge.gate.set()
+
+    driver.on_step = when_all_have_run
+    results = list(driver.run(problems))
+    assert judge.in_time, "the engine worked on while the first problem was judged"
+    assert results[0].problem_id == "p0" and len(results) == 6
+    assert all(r.verdict is not None for r in results)
+
+
+def test_what_has_ended_is_in_the_ledger_even_if_the_caller_walks_away(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "run", {})
+    driver = make_driver(FakeEngine(), parse("greedy"), Budget(500, "tokens"), ledger=ledger)
+    driver.closing.judge = judge = WaitingJudge()
+    threading.Timer(0.2, judge.gate.set).start()
+    stream = driver.run(make_problems(3))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    ledger.close()
+    lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
+    assert {json.loads(line)["problem"] for line in lines} >= {"p0"}
 
 
 def test_failed_requests_are_issued_again_and_every_attempt_is_charged() -> None:

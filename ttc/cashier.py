@@ -108,8 +108,11 @@ class Cashier:
             self._costs[1] += 1
 
     def seconds_left(self, job: Job) -> float:
+        return self.budget.amount - self.seconds_used(job)
+
+    def seconds_used(self, job: Job) -> float:
         started = job.account.started
-        return self.budget.amount - (self.clock() - started if started is not None else 0.0)
+        return self.clock() - started if started is not None else 0.0
 
     def closing_seconds(self) -> float:
         return (self.engine.room_tokens + 1) * self.longest_step
@@ -118,7 +121,7 @@ class Cashier:
         if self.budget.unit != "seconds":
             over = job.account.meter.spent - self.budget.amount
         else:
-            over = self.clock() - (job.account.started or self.clock()) - self.budget.amount
+            over = self.seconds_used(job) - self.budget.amount
         if over > 1e-9 * self.budget.amount:
             self.overrun = max(self.overrun, over)
 

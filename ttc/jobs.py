@@ -37,7 +37,11 @@ class Policy(Protocol):
 
 
 class Judge(Protocol):
-    """What the driver needs to know of answers: extraction, equality, verdict (``ttc.verify.Jury``)."""
+    """What the driver needs to know of answers: extraction, equality, verdict (``ttc.judge.Jury``). Where verdicts are ``slow``
+    they are asked for in another thread, one at a time; the rest is not."""
+
+    @property
+    def slow(self) -> bool: ...
 
     def answer(self, problem: Problem, text: str) -> str | None: ...
     def vote(self, problem: Problem, answer: str) -> str: ...

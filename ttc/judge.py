@@ -11,18 +11,19 @@ from ttc.verify import AnswerClasses, Verifier, can_verify, verifier
 
 
 class Jury:
-    """Judges the answers of a run. ``failures`` counts answers on which a verifier broke (each is then a class of its own)."""
+    """Judges the answers of a run. ``failures`` counts answers on which a verifier broke (each is then a class of its own).
+
+    Votes and verdicts have verifiers of their own, so that a vote never waits for a verdict in another thread.
+    """
+
+    slow = True
 
     def __init__(self, format: AnswerFormat) -> None:
         self.format = format
         self.failures = 0
-        self._verifiers: dict[str, Verifier] = {}
+        self._voting: dict[str, Verifier] = {}
+        self._judging: dict[str, Verifier] = {}
         self._classes: dict[str, AnswerClasses] = {}
-
-    def _verifier(self, problem: Problem) -> Verifier:
-        if problem.verifier not in self._verifiers:
-            self._verifiers[problem.verifier] = verifier(problem.verifier)
-        return self._verifiers[problem.verifier]
 
     def answer(self, problem: Problem, text: str) -> str | None:
         """The answer in a branch's text, or None."""
@@ -32,7 +33,7 @@ class Jury:
         """The representative of the answer's class: the first answer of this problem that equals it."""
         classes = self._classes.get(problem.id)
         if classes is None:
-            classes = self._classes[problem.id] = AnswerClasses(self._verifier(problem), problem)
+            classes = self._classes[problem.id] = AnswerClasses(_of(self._voting, problem), problem)
         before = len(classes.failures)
         representative = classes.representative(answer)
         self.failures += len(classes.failures) - before
@@ -44,12 +45,18 @@ class Jury:
             return None
         if answer is None:
             return Verdict(False, 0.0, "no answer")
-        return self._verifier(problem).verify(problem, answer)
+        return _of(self._judging, problem).verify(problem, answer)
 
     def forget(self, problem: Problem) -> None:
         """The problem is done; drop its classes."""
         self._classes.pop(problem.id, None)
 
     def close(self) -> None:
-        for each in self._verifiers.values():
+        for each in (*self._voting.values(), *self._judging.values()):
             each.close()
+
+
+def _of(verifiers: dict[str, Verifier], problem: Problem) -> Verifier:
+    if problem.verifier not in verifiers:
+        verifiers[problem.verifier] = verifier(problem.verifier)
+    return verifiers[problem.verifier]

@@ -38,6 +38,8 @@ def _text(code: int, unanswered: str | None) -> str:
 class RecordedJudge:
     """Answers of a pool are equal if their codes are."""
 
+    slow = False
+
     def answer(self, problem: Problem, text: str) -> str | None:
         return text[8:] or None
 
