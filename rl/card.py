@@ -9,12 +9,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import ttc.nano
-from ttc.rl import tokenizer
+from ttc.rl import heldout, tokenizer
 from ttc.rl.model import CONTEXT_TOKENS, load
 
-ANSWER_TOKENS = 10
+ANSWER_TOKENS = 18  # countdown's expressions of four numbers
+SUBJECTS = {
+    "sums": "sums and differences of 2 to 12 terms",
+    "long": "long ones of up to 32",
+    "products": "products",
+    "countdown": "countdown",
+}
 _NUMBER = re.compile(r"(?:^| = |,|So )(-?\d+)(?=[;,.])")
 
 
@@ -74,9 +81,9 @@ def readme(info: Mapping[str, Any]) -> str:
         f"# {info['name']}",
         "",
         f"A reasoner of {info['params']:,} parameters (Qwen3ForCausalLM, bf16 weights, context",
-        f"{info['context']} tokens), trained from nothing to think in tokens about sums and differences. It is",
-        "a laboratory model for test-time compute: it makes mistakes, can check itself, and gets better with",
-        "samples and with length. It knows nothing else.",
+        f"{info['context']} tokens), trained from nothing to think in tokens about {_subjects(info['tasks'])}. It is a",
+        "laboratory model for test-time compute: it makes mistakes, can check itself, and gets better with samples and with",
+        "length. It knows nothing else.",
         "",
         "It writes `<think>` thinking `</think>` answer. The chat template opens the thought and takes an",
         "optional `effort` (0 to 1, in quarters). When `</think>` is forced at any point, it answers in",
@@ -86,9 +93,8 @@ def readme(info: Mapping[str, Any]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in training.items()),
         "",
-        "Problems follow the distribution of reasoning-gym's chain_sum (2 to 12 terms, 1 to 4 digits). What",
-        "the held-out seeds of the graded tasks can produce was excluded by expression. How the traces are",
-        "made, with their mistakes, rechecks and closes: `rl/traces.py`, `docs/nano.md`.",
+        "Problems follow reasoning-gym's distributions. What the held-out seeds of the graded tasks can produce was excluded",
+        "(`rl/heldout.py`). How the traces are made, with their mistakes, rechecks and closes: `docs/nano.md`.",
         "",
         "Demo task: `" + info["tasks"][0] + "`",
     ]
@@ -97,39 +103,59 @@ def readme(info: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _subjects(tasks: Sequence[str]) -> str:
+    """What the tasks are about, in words."""
+    known = [
+        words for family, words in SUBJECTS.items() if any(task in tasks for task in heldout.GRADED[family])
+    ]
+    return " and ".join([", ".join(known[:-1])] * (len(known) > 1) + known[-1:])
+
+
 def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     rows = evaluation["by_difficulty"]
     demo = info["tasks"][0]
     lines = [
         "## Held-out results",
         "",
-        f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: {rows[0]['problems']} problems",
-        f"a row, {rows[0]['samples']} samples each at temperature 1; reasoning-gym's generator (items",
-        f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems.",
-        "Triggers and efforts have half as many samples.",
+        f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: temperature 1, reasoning-gym's generator (items",
+        f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems. k is the number of",
+        "samples a problem.",
         "",
-        "| task | pass@1 | coverage@8 | majority@8 | thinking tokens: median, 99th percentile |",
-        "| --- | --- | --- | --- | --- |",
+        "| task | problems | k | pass@1 | coverage@k | majority@k | thinking tokens: median, 99th percentile |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        figures = " | ".join(_percent(row[key]) for key in ("pass@1", "coverage@8", "majority@8"))
+        k = row["samples"]
+        figures = " | ".join(_percent(row[key]) for key in ("pass@1", f"coverage@{k}", f"majority@{k}"))
         length = row["thinking_tokens"]
-        lines.append(f"| {_short(row['task'])} | {figures} | {length['median']:.0f}, {length['p99']:.0f} |")
-    lines += [
-        "",
-        f"Thought closed by force after at most so many tokens ({_short(demo)});",
-        "*last total* is what the cut text itself states:",
-        "",
-        "| tokens | share cut | pass@1 | majority@8 | last total |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in evaluation["forced_close"]:
-        figures = " | ".join(_percent(row[key]) for key in ("pass@1", "majority@8", "last_total"))
-        lines.append(f"| {row['budget']} | {row['cut']:.0%} | {figures} |")
+        tail = f"{length['median']:.0f}, {length['p99']:.0f}"
+        lines.append(f"| {short(row['task'])} | {row['problems']} | {k} | {figures} | {tail} |")
+    if curve := evaluation["by_samples"]:
+        lines += [
+            "",
+            f"By samples ({short(demo)}; {curve[0]['problems']} problems):",
+            "",
+            "| k | coverage@k | majority@k |",
+            "| --- | --- | --- |",
+            *(f"| {row['k']} | {_percent(row['coverage'])} | {_percent(row['majority'])} |" for row in curve),
+        ]
+    for task, table in evaluation["forced_close"].items():
+        vote = next(key for key in table[0] if key.startswith("majority@"))
+        lines += [
+            "",
+            f"Thought closed by force after at most so many tokens ({short(task)});",
+            "*last total* is what the cut text itself states:",
+            "",
+            f"| tokens | share cut | pass@1 | {vote} | last total |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in table:
+            figures = " | ".join(_percent(row[key]) for key in ("pass@1", vote, "last_total"))
+            lines.append(f"| {row['budget']} | {row['cut']:.0%} | {figures} |")
     for task, table in evaluation["triggers"].items():
         lines += [
             "",
-            f"Thinking cut at its first conclusion, then k triggers behind it, one at a time ({_short(task)}):",
+            f"Thinking cut at its first conclusion, then k triggers behind it, one at a time ({short(task)}):",
             "",
             "| trigger | k | pass@1 | thinking tokens, mean |",
             "| --- | --- | --- | --- |",
@@ -140,7 +166,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         ]
     lines += [
         "",
-        f"Effort in the prompt ({_short(demo)}):",
+        f"Effort in the prompt ({short(demo)}):",
         "",
         "| effort | pass@1 | thinking tokens, mean |",
         "| --- | --- | --- |",
@@ -158,12 +184,23 @@ def _percent(value: Mapping[str, Any]) -> str:
     return f"{100 * value['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _short(task: str) -> str:
-    """``rg:chain_sum?min_terms=8&max_terms=8&…`` → ``chain_sum, 8 terms of 2 digits``."""
-    match = re.fullmatch(r"rg:(\w+)\?min_terms=(\d+)&max_terms=(\d+)&min_digits=(\d+)&max_digits=(\d+)", task)
-    if not match:
-        return task
-    name, *numbers = match.groups()
-    (a, b), (c, d) = numbers[:2], numbers[2:]
-    digits = "1 digit" if c == d == "1" else f"{c if c == d else f'{c} to {d}'} digits"
-    return f"{name}, {a if a == b else f'{a} to {b}'} terms of {digits}"
+def short(task: str) -> str:
+    """``rg:chain_sum?min_terms=8&max_terms=8&…`` → ``chain_sum, 8 terms of 2 digits``; the like for the other tasks."""
+    name, _, query = task.removeprefix("rg:").partition("?")
+    given = {key: int(value) for key, value in parse_qsl(query)}
+
+    def span(what: str) -> str:
+        low, high = given[f"min_{what}"], given[f"max_{what}"]
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    if name == "chain_sum" and len(given) == 4:
+        return f"{name}, {span('terms')} terms of {_digits(span('digits'))}"
+    if name == "products" and len(given) == 2:
+        return f"{name} of {_digits(span('digits'))}"
+    if name == "countdown" and "max_numbers" in given:
+        return f"{name}, {span('numbers')} numbers"
+    return task
+
+
+def _digits(span: str) -> str:
+    return "1 digit" if span == "1" else f"{span} digits"

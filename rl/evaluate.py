@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,13 +27,16 @@ from ttc.rl.generate import generate
 from ttc.rl.model import Nano, load
 
 MAX_THINKING_TOKENS = 1024
-ANSWER_TOKENS = 10
+LONG_THINKING_TOKENS = 2600
+ANSWER_TOKENS = card.ANSWER_TOKENS
 RESAMPLES = 2000
 THINK_CLOSE = tokenizer.ID[tokenizer.THINK_CLOSE]
 FULL_STOP = tokenizer.ID["."]
 """Ends every conclusion ("So 85.") and nothing else."""
 
 BATCH_ROWS = 256
+BATCH_TOKENS = 12_000
+"""Of the texts read at once: reading takes memory by rows × length²."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Bench:
 
     def __init__(self, model: Nano, task: str, n: int, samples: int, seed: int = 0) -> None:
         self.model, self.task, self.samples = model, task, samples
+        self.most = LONG_THINKING_TOKENS if task in heldout.GRADED["long"] else MAX_THINKING_TOKENS
         self.data = heldout.dataset(task, heldout.EVAL_SEED, n)
         self.items = heldout.items(task, n)
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -66,8 +71,11 @@ class Bench:
         """New tokens for each text, sampled at temperature 1 in batches of like length."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         out: list[list[int]] = [[] for _ in texts]
-        for start in range(0, len(order), BATCH_ROWS):
-            rows = order[start : start + BATCH_ROWS]
+        while order:
+            rows = order[:BATCH_ROWS]
+            while len(rows) > 1 and len(rows) * len(texts[rows[-1]]) > BATCH_TOKENS:
+                rows = rows[: max(1, BATCH_TOKENS // len(texts[rows[-1]]))]
+            order = order[len(rows) :]
             news = generate(
                 self.model, [texts[row] for row in rows], max_tokens, stop=stop, generator=self.generator
             )
@@ -75,11 +83,10 @@ class Bench:
                 out[row] = new
         return out
 
-    def think(self, max_tokens: int = MAX_THINKING_TOKENS, effort: float | None = None) -> list[list[int]]:
-        """Thinking, without its closing mark; at most ``max_tokens``."""
+    def think(self, effort: float | None = None) -> list[list[int]]:
+        """Thinking, without its closing mark; at most ``most`` tokens."""
         return [
-            _before(new)
-            for new in self.extend(self.prompts(effort), max_tokens, (THINK_CLOSE, tokenizer.EOS))
+            _before(new) for new in self.extend(self.prompts(effort), self.most, (THINK_CLOSE, tokenizer.EOS))
         ]
 
     def answer(self, thoughts: list[list[int]], effort: float | None = None) -> Answers:
@@ -103,14 +110,12 @@ class Bench:
         """Answers after the first conclusion, then after 1 … ``most`` triggers put behind it, one at a
         time."""
         prompts = self.prompts()
-        thoughts = [
-            _before(new) for new in self.extend(prompts, MAX_THINKING_TOKENS, (FULL_STOP, THINK_CLOSE))
-        ]
+        thoughts = [_before(new) for new in self.extend(prompts, self.most, (FULL_STOP, THINK_CLOSE))]
         out = [self.answer(thoughts)]
         for _ in range(most):
             thoughts = [thought + tokenizer.encode(trigger) for thought in thoughts]
             texts = [p + thought for p, thought in zip(prompts, thoughts, strict=True)]
-            news = self.extend(texts, MAX_THINKING_TOKENS, (FULL_STOP, THINK_CLOSE))
+            news = self.extend(texts, self.most, (FULL_STOP, THINK_CLOSE))
             thoughts = [thought + _before(new) for thought, new in zip(thoughts, news, strict=True)]
             out.append(self.answer(thoughts))
         return out
@@ -121,12 +126,26 @@ def _before(new: list[int]) -> list[int]:
     return new[:-1] if new and new[-1] in (THINK_CLOSE, tokenizer.EOS) else new
 
 
+def coverage(answers: Answers, votes: int) -> np.ndarray:
+    """(P,) chance that one of ``votes`` samples is right, without bias from the S drawn: 1 − C(S−c, k) / C(S, k) with c
+    right ones (Chen et al. 2021, arXiv:2107.03374, Eq. 1)."""
+    drawn = answers.right.shape[1]
+    return np.array(
+        [1 - math.comb(drawn - int(c), votes) / math.comb(drawn, votes) for c in answers.right.sum(1)]
+    )
+
+
 def majority(answers: Answers, votes: int) -> np.ndarray:
-    """(P,) chance that the most frequent of the first ``votes`` answers is right; empty answers do not
-    vote."""
+    """(P,) chance that the most frequent of ``votes`` answers is right, over the disjoint blocks of that many samples; empty
+    answers do not vote."""
+    starts = range(0, answers.right.shape[1] - votes + 1, votes)
+    return np.mean([_majority(answers, start, votes) for start in starts], axis=0)  # type: ignore[no-any-return]
+
+
+def _majority(answers: Answers, start: int, votes: int) -> np.ndarray:
     out = []
     for row, right in zip(answers.answers, answers.right, strict=True):
-        counts = Counter(answer for answer in row[:votes] if answer)
+        counts = Counter(answer for answer in row[start : start + votes] if answer)
         most = max(counts.values(), default=0)
         winners = [answer for answer in counts if counts[answer] == most]
         good = {answer for answer, ok in zip(row, right, strict=True) if ok}
@@ -148,7 +167,7 @@ def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
         "problems": len(answers.right),
         "samples": answers.right.shape[1],
         "pass@1": interval(answers.right.mean(1)),
-        f"coverage@{votes}": interval(answers.right[:, :votes].any(1).astype(float)),
+        f"coverage@{votes}": interval(coverage(answers, votes)),
         f"majority@{votes}": interval(majority(answers, votes)),
         "gain": interval(majority(answers, votes) - answers.right.mean(1)),
         "thinking_tokens": {
@@ -160,13 +179,29 @@ def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
     }
 
 
-def difficulty(model: Nano, task: str, n: int, samples: int) -> dict[str, Any]:
+def difficulty(model: Nano, task: str, n: int, samples: int, seed: int = 0) -> dict[str, Any]:
     """One row of the table by difficulty."""
-    bench = Bench(model, task, n, samples)
+    bench = Bench(model, task, n, samples, seed)
     started = time.monotonic()
     thoughts = bench.think()
     rate = sum(map(len, thoughts)) / (time.monotonic() - started)
     return {"task": task, **summary(bench.answer(thoughts)), "tokens_per_s": round(rate)}
+
+
+def by_samples(model: Nano, task: str, n: int, samples: int = 64) -> list[dict[str, Any]]:
+    """Coverage and majority vote at 1, 2, 4 … ``samples`` samples."""
+    bench = Bench(model, task, n, samples)
+    answers = bench.answer(bench.think())
+    sizes = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
+    return [
+        {
+            "k": k,
+            "problems": n,
+            "coverage": interval(coverage(answers, k)),
+            "majority": interval(majority(answers, k)),
+        }
+        for k in sizes
+    ]
 
 
 def forced_close(
@@ -191,7 +226,7 @@ def forced_close(
                 "budget": budget,
                 "cut": round(float(np.mean([len(thought) > budget for thought in whole])), 3),
                 "pass@1": interval(answers.right.mean(1)),
-                "majority@8": interval(majority(answers, 8)),
+                f"majority@{samples}": interval(majority(answers, samples)),
                 "last_total": interval(totals.reshape(-1, samples).mean(1)),
                 "unended": round(float(1 - answers.closed.mean()), 4),
             }
@@ -222,21 +257,33 @@ def efforts(model: Nano, task: str, n: int, samples: int) -> list[dict[str, Any]
 
 
 def evaluate(
-    folder: Path, tasks: Sequence[str], n: int = 200, samples: int = 8, show: Callable[[str], None] = print
+    folder: Path,
+    tasks: Sequence[str],
+    n: int = 200,
+    samples: int = 8,
+    curve: int = 64,
+    show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All measurements of a model; the first task is the demo, on which forced closes, triggers and efforts
-    are measured."""
+    """All measurements of a model; the first task is the demo.
+
+    A row has ``n`` problems × ``samples``; long problems a third of the problems and half the samples. Coverage and vote up to
+    ``curve`` samples (the demo) take half the problems. Triggers are measured on the hardest task of every family but the long one,
+    forced closes on the demo and on products.
+    """
     model = load(folder)
+    half = max(1, samples // 2)
     by_difficulty = []
     for task in tasks:
-        by_difficulty.append(difficulty(model, task, n, samples))
+        size = (n // 3, half) if task in heldout.GRADED["long"] else (n, samples)
+        by_difficulty.append(difficulty(model, task, *size))
         show(json.dumps(by_difficulty[-1]))
-    half = max(1, samples // 2)
+    hard = [known[-1] for name, known in heldout.GRADED.items() if name != "long" and known[-1] in tasks]
+    close = [tasks[0], *(task for task in tasks if task in heldout.GRADED["products"][:1])]
     rest = {
-        "forced_close": forced_close(model, tasks[0], n, samples, (0, 16, 32, 64, 128, 256)),
+        "by_samples": by_samples(model, tasks[0], n // 2, curve),
+        "forced_close": {t: forced_close(model, t, n, half, (0, 16, 32, 64, 128, 256)) for t in close},
         "triggers": {
-            tasks[0]: triggers(model, tasks[0], n, half),
-            **{task: triggers(model, task, n, half, tokenizer.TRIGGERS[:1]) for task in tasks[1:2]},
+            t: triggers(model, t, n, half, tokenizer.TRIGGERS[:1]) for t in dict.fromkeys((*tasks[:2], *hard))
         },
         "efforts": efforts(model, tasks[0], n, half),
     }
@@ -251,15 +298,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", action="append", help="measure these tasks and write nothing (repeatable)")
     parser.add_argument("--n", type=int, default=200, help="problems per task")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--curve", type=int, default=64, help="most samples of the curve by samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, with --task")
     args = parser.parse_args(argv)
     folder = ttc.nano.resolve(args.model) or Path(args.model)
     if args.task:
         model = load(folder)
         for task in args.task:
-            print(json.dumps(difficulty(model, task, args.n, args.samples)), flush=True)
+            print(json.dumps(difficulty(model, task, args.n, args.samples, args.seed)), flush=True)
         return
     info = card.read(folder)
-    info["evaluation"] = found = evaluate(folder, info["tasks"], args.n, args.samples)
+    info["evaluation"] = found = evaluate(folder, info["tasks"], args.n, args.samples, args.curve)
     info["typical_thinking_tokens"] = round(found["by_difficulty"][0]["thinking_tokens"]["median"])
     card.write(folder, info)
 

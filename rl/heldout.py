@@ -1,7 +1,8 @@
 """Held-out problems: reasoning-gym's own generator and scorer, by seed, kept out of training by their key.
 
 reasoning-gym seeds item i of a data set with seed + i, so a task's data sets of all seeds below ``SEEDS`` share their items:
-they are excluded from training. So is what ``ttc solve --task`` draws (each item from a hashed seed of its own) for the tasks of the cards.
+they are excluded from training. So is what ``ttc solve --task`` draws for the tasks of the cards (each item from a hashed
+seed of its own).
 Problems of one digit (all 100 products) can't be held out and are in no card.
 """
 

@@ -249,7 +249,8 @@ def _ship(run: Run, size: str, folder: Path) -> Path:
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m ttc.rl.reasoner --size {size} --seed {run.training['seed']} --ship",
     }
-    return card.ship(folder, f"nano-{size}", run.config["card"]["tasks"], training)
+    tasks = [task for family in heldout.GRADED.values() for task in family]
+    return card.ship(folder, f"nano-{size}", tasks, training)
 
 
 def _progress(run: Run, minutes: float | None) -> float:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import numpy as np  # noqa: E402
 
 from ttc.rl import card  # noqa: E402
-from ttc.rl.evaluate import Answers, interval, majority  # noqa: E402
+from ttc.rl.evaluate import Answers, coverage, interval, majority  # noqa: E402
 from ttc.rl.reasoner import Run, batches  # noqa: E402
 
 CONFIG: dict[str, Any] = {
@@ -93,7 +93,11 @@ def answers(rows: list[list[str]], gold: str = "1") -> Answers:
 def test_majority_counts_ties_by_chance_and_empty_answers_not_at_all() -> None:
     votes = answers([["1", "1", "2"], ["1", "2", "3"], ["2", "2", "1"], ["", "", "1"], ["", "", ""]])
     assert majority(votes, 3).tolist() == pytest.approx([1, 1 / 3, 0, 1, 0])
-    assert majority(votes, 1).tolist() == [1, 1, 0, 0, 0]
+    assert majority(votes, 1).tolist() == pytest.approx(
+        [2 / 3, 1 / 3, 1 / 3, 1 / 3, 0]
+    )  # of one vote: pass@1
+    assert coverage(votes, 1).tolist() == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3, 0])
+    assert coverage(votes, 2).tolist() == pytest.approx([1, 2 / 3, 2 / 3, 2 / 3, 0])
 
 
 def test_intervals_hold_the_mean() -> None:
