@@ -150,9 +150,10 @@ class BudgetForcing:
 class Plain:
     """Chains as they come, with a least and a most thinking.
 
-    A thought that would end before ``least`` tokens gets ``trigger`` instead ("" : its end is made impossible); ``cap`` closes it (0: the run's bound); ``total`` bounds thought and answer together
-    (0: no such bound); ``loops`` N > 0 breaks a thought that says the same thing N times over; ``stop_below`` > 0 closes one whose
-    confidence falls below (DeepConf, nats, mean over ``window`` tokens); ``effort`` in (0, 1] overrides the run's."""
+    A thought that would end before ``least`` tokens gets ``trigger`` instead ("" : its end is made impossible); ``cap`` closes it
+    (0: the run's bound); ``total`` bounds thought and answer together (0: no such bound); ``loops`` N > 0 breaks a thought that
+    says the same thing N times over; ``stop_below`` > 0 closes one whose confidence falls below (DeepConf, nats, mean over
+    ``window`` tokens); ``effort`` in (0, 1] overrides the run's."""
 
     least: int = 0
     trigger: str = ""

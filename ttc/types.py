@@ -138,7 +138,7 @@ class Request:
 
     def digest(self) -> str:
         """A fingerprint of all that shapes the sample: what a resumed run compares before it trusts a recorded branch."""
-        parts = (
+        parts: tuple[object, ...] = (
             self.problem.id, self.index, self.seed, self.sampling, self.prefix,
             self.effort, self.kv_budget, self.kv_method,
         )  # fmt: skip

@@ -137,7 +137,9 @@ def test_confidence_is_the_mean_over_sampled_tokens() -> None:
     from ttc.engine.control import CONTROLS, Control, confidence
 
     batch = Batch()
-    told = {"due": 2, "think_close": [CLOSE], "close": [CLOSE], "lead": [], "signals": True, "key": 1}
+    told: dict[str, Any] = {
+        "due": 2, "think_close": [CLOSE], "close": [CLOSE], "lead": [], "signals": True, "key": 1,
+    }  # fmt: skip
     CONTROLS[1] = control = Control.of(told)
     batch.add(**told)
     for _ in range(6):
