@@ -1,4 +1,4 @@
-"""``ttc models``, ``ttc doctor`` and ``ttc train``: what is here, does it work, make more of it."""
+"""``ttc models`` and ``ttc doctor``: what is here, does it work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-train_app = typer.Typer(no_args_is_help=True, help="Train what ttc ships.", add_completion=False)
 
 
 def models(as_json: AsJson = False) -> None:
@@ -177,20 +176,3 @@ def _self_test(model: str | None) -> list[Check]:
         return [Check("self-test", False, str(error))]
     finally:
         engine.close()
-
-
-@train_app.command("reasoner")
-def train_reasoner(
-    size: Annotated[str, typer.Option(help="xs, s, m or l.")] = "s",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Where checkpoints and the model go; resumed if it is there.")
-    ] = Path("runs/reasoner"),
-    minutes: Annotated[
-        float | None, typer.Option(help="Stop after this long (the size's own if not given).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the data and the initial weights.")] = 0,
-) -> None:
-    """Train an embedded reasoner from nothing."""
-    from ttc.rl import reasoner
-
-    reasoner.train(size=size, out=out, minutes=minutes, seed=seed)

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from ttc.cli import costs, info, measure, report, simulate, solve
+from ttc.cli import costs, info, measure, report, simulate, solve, train
 from ttc.errors import InputError, TTCError
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
@@ -35,7 +35,7 @@ app.command("report")(report.report)
 app.command("models")(info.models)
 app.command("doctor")(info.doctor)
 app.add_typer(measure.app, name="bench")
-app.add_typer(info.train_app, name="train")
+app.add_typer(train.app, name="train")
 
 
 @app.callback(invoke_without_command=True)

@@ -73,6 +73,65 @@ def ship(run: Path, name: str, tasks: Sequence[str], training: Mapping[str, Any]
     return folder
 
 
+def write_reward(folder: Path, info: Mapping[str, Any]) -> None:
+    """card.json and README.md of a reward model."""
+    (folder / "card.json").write_text(json.dumps(info, indent=1) + "\n")
+    (folder / "README.md").write_text(reward_readme(info))
+
+
+REWARD_KINDS = {
+    "outcome": "It scores whole chains: a logit, whose differences between chains of one problem count. Trained on pairs of "
+    "a right and\na wrong sample of one problem (Bradley-Terry) with TRL's RewardTrainer.",
+    "process": "It scores every token of a chain: the chance that a chain which has got so far ends right. Trained on whether it "
+    "did.",
+}
+
+
+def reward_readme(info: Mapping[str, Any]) -> str:
+    """A reward model's card in prose and tables, from card.json alone."""
+    lines = [
+        f"# {info['name']}",
+        "",
+        f"A reward model ({info['kind']}) of {info['params']:,} parameters (Qwen3ForSequenceClassification, one label, bf16).",
+        REWARD_KINDS[info["kind"]],
+        "",
+        f"`ttc.nano.reward({info['name']!r})` loads it; `ttc train reward` makes it (`rl/reward.py`, `rl/train_reward.py`).",
+        "",
+        "## Training",
+        "",
+        *(f"- {key}: {value}" for key, value in info["training"].items() if key != "curve"),
+    ]
+    if rows := info["evaluation"]:
+        k = rows[0]["samples"]
+        names = [
+            "auc",
+            "auc_within",
+            "pass@1",
+            f"majority@{k}",
+            f"best@{k}",
+            f"weighted@{k}",
+            "best - majority",
+        ]
+        names.append("weighted - majority")
+        heads = ["reasoner", "task", *(name.replace("auc", "AUC").replace("_", " ") for name in names)]
+        lines += [
+            "",
+            "## Held-out results",
+            "",
+            f"{rows[0]['problems']} problems a row × {k} samples × {rows[0]['seeds']} seeds at temperature 1; percent with 95 %",
+            "bootstrap intervals over problems. AUC: chance that a right chain scores above a wrong one, over all chains, and",
+            f"within one problem (what choosing between samples needs). Best: the highest of {k} scores; weighted: the answer",
+            "with the largest sum of scores.",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|" + " --- |" * len(heads),
+        ]
+        for row in rows:
+            cells = [row["reasoner"], short(row["task"]), *(_percent(row[name]) for name in names)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def readme(info: Mapping[str, Any]) -> str:
     """The model card in prose and tables, from card.json alone."""
     training, evaluation = info["training"], info["evaluation"]

@@ -50,13 +50,21 @@ class Answers:
 
 
 class Bench:
-    """A model and the problems of one task, each repeated ``samples`` times."""
+    """A model and the problems of one task, each repeated ``samples`` times: ``n`` held-out ones, or the ``items`` given."""
 
-    def __init__(self, model: Nano, task: str, n: int, samples: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Nano,
+        task: str,
+        n: int,
+        samples: int,
+        seed: int = 0,
+        items: Sequence[heldout.Item] | None = None,
+    ) -> None:
         self.model, self.task, self.samples = model, task, samples
         self.most = LONG_THINKING_TOKENS if task in heldout.GRADED["long"] else MAX_THINKING_TOKENS
         self.data = heldout.dataset(task, heldout.EVAL_SEED, n)
-        self.items = heldout.items(task, n)
+        self.items = heldout.items(task, n) if items is None else list(items)
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
     def prompts(self, effort: float | None = None) -> list[list[int]]:

@@ -15,13 +15,17 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttc.errors import InputError
 from ttc.rl import tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -46,7 +50,7 @@ def size_config(size: str) -> dict[str, Any]:
     path = Path(__file__).parent / "sizes" / f"{size}.toml"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
-        raise ValueError(f"unknown size {size!r}; known: {known}")
+        raise InputError(f"--size {size!r}: no such size; use one of {known}")
     return tomllib.loads(path.read_text())
 
 
@@ -167,9 +171,19 @@ class Trunk(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids → (B, T, D) last hidden states."""
+        x = self.embed_tokens(ids)
+        cos, sin = rope(torch.arange(ids.shape[1], device=ids.device), self.shape.head_width)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class Nano(nn.Module):
@@ -196,11 +210,7 @@ class Nano(nn.Module):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) token ids → (B, T, D) last hidden states."""
-        x = self.model.embed_tokens(ids)
-        cos, sin = rope(torch.arange(ids.shape[1], device=ids.device), self.shape.head_width)
-        for layer in self.blocks:
-            x = layer(x, cos, sin)
-        out: Tensor = self.model.norm(x)
+        out: Tensor = self.model(ids)
         return out
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -232,14 +242,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
-def save(model: Nano, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a Hugging Face folder: config, generation config, weights, tokenizer with its chat template."""
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig, Qwen3Config
+def hf_config(shape: Shape, dtype: torch.dtype) -> Qwen3Config:
+    """transformers' configuration of the same network."""
+    from transformers import Qwen3Config
 
-    shape = model.shape
-    folder.mkdir(parents=True, exist_ok=True)
-    config = Qwen3Config(
+    return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -257,7 +264,29 @@ def save(model: Nano, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None
         pad_token_id=tokenizer.PAD,
         dtype=dtype,
     )
-    config.save_pretrained(folder)
+
+
+def config_shape(folder: Path) -> Shape:
+    """The shape that a folder's config.json tells."""
+    config = json.loads((folder / "config.json").read_text())
+    return Shape(
+        width=config["hidden_size"],
+        feed_forward=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_width=config["head_dim"],
+        vocabulary=config["vocab_size"],
+    )
+
+
+def save(model: Nano, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a Hugging Face folder: config, generation config, weights, tokenizer with its chat template."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config(model.shape, dtype).save_pretrained(folder)
     weights = {
         name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()
     }
@@ -277,17 +306,7 @@ def load(folder: Path) -> Nano:
     """Read a folder written by ``save`` into the training network, in float32."""
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    shape = Shape(
-        width=config["hidden_size"],
-        feed_forward=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_width=config["head_dim"],
-        vocabulary=config["vocab_size"],
-    )
-    model = Nano(shape)
+    model = Nano(config_shape(folder))
     model.load_state_dict(
         {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     )

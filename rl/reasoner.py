@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ttc.errors import InputError
 from ttc.rl import card, heldout
 from ttc.rl.model import Nano, Shape, save, size_config, use_half
 from ttc.rl.tokenizer import PAD
@@ -48,7 +49,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = Nano(Shape(**config["shape"])).to(self.device)
         use_half(self.model, self.training["half_matmul"] and torch.cpu._is_avx512_bf16_supported())
-        self.optimizers = _optimizers(self.model, self.training)
+        self.optimizers = optimizers(self.model, self.training)
         self.corpus = Corpus(random.Random(seed), config["data"], held_out)
         self.step, self.tokens, self.read_tokens, self.seconds = 0, 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
@@ -115,8 +116,8 @@ class Run:
         """Continue from a checkpoint of the same configuration."""
         state = torch.load(out / "checkpoint.pt", map_location=self.device, weights_only=True)
         if _identity(state["config"]) != _identity(self.config):
-            raise ValueError(
-                f"{out} was trained with another configuration; choose another --out or --restart"
+            raise InputError(
+                f"--out {out}: was trained with another configuration; choose another --out or --restart"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -135,8 +136,8 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
 _COUNTERS = ("step", "tokens", "read_tokens", "seconds", "curve", "recent")
 
 
-def _optimizers(model: Nano, training: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embedding, head and norms."""
+def optimizers(model: nn.Module, training: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding, head and norms. ``training``: learning_rate, weight_decay, muon."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
     tables = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" not in name]
     norms = [p for p in model.parameters() if p.dim() < 2]

@@ -10,9 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ttc.errors import InputError
 
 ROOT = Path(__file__).parent
+REWARDS = ROOT / "rewards"
+
+if TYPE_CHECKING:
+    from ttc.rl.reward import NanoReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,23 @@ def catalog() -> list[NanoModel]:
 def resolve(name: str) -> Path | None:
     """The folder of an embedded reasoner, or None when there is none of that name."""
     return next((model.path for model in catalog() if model.name == name), None)
+
+
+def rewards() -> list[str]:
+    """The names of the embedded reward models."""
+    return sorted(card.parent.name for card in REWARDS.glob("*/card.json"))
+
+
+def reward(name: str) -> NanoReward:
+    """An embedded reward model by name, or one in a folder; needs torch. Raises InputError where there is none."""
+    folder = REWARDS / name if name in rewards() else Path(name)
+    if not (folder / "card.json").is_file():
+        raise InputError(
+            f"reward model {name!r}: not found; use one of {', '.join(rewards()) or '(none)'} or a folder"
+        )
+    from ttc.rl.reward import load
+
+    return load(folder)
 
 
 def _read(card: Path) -> NanoModel:
