@@ -1,0 +1,88 @@
+"""Carries each request's KV setting to the attention backend: which row of the batch reads how much.
+
+A ``LogitsProcessor`` that touches no logits: vLLM tells those of every row that comes, goes and moves, before the step's attention
+metadata are built. This is its public way to give per-request settings to a worker.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from ttc.attention.settings import KvSetting, read_setting
+
+if TYPE_CHECKING:
+    import torch
+
+READS: dict[int, float] = {}  # counter key -> KV tokens read (mean over layers and heads, summed over steps)
+_BATCHES: dict[int, Batch] = {}
+
+
+class Row:
+    """A request that decodes sparsely."""
+
+    __slots__ = ("key", "setting")
+
+    def __init__(self, setting: KvSetting, key: int | None) -> None:
+        self.setting, self.key = setting, key
+
+    def count(self, tokens: float) -> None:
+        if self.key in READS:
+            READS[self.key] += tokens
+
+
+class Batch:
+    """The rows of one engine; ``version`` changes with their make-up, ``fresh`` lists rows not seen by the backend yet."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        self.fresh: set[int] = set()
+        self.version = 0
+
+
+def batch_of(vllm_config: Any) -> Batch:
+    """The batch of the engine with this config (several may live in one process)."""
+    return _BATCHES.setdefault(id(vllm_config.cache_config), Batch())
+
+
+class KvProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
+    """Mirrors the batch's rows into ``Batch``."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        read_setting(sampling_params.extra_args)
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.batch = _BATCHES[id(vllm_config.cache_config)] = Batch()
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        batch = self.batch
+        batch.version += 1
+        for index in batch_update.removed:
+            batch.rows.pop(index, None)
+            batch.fresh.discard(index)
+        for index, params, _, _ in batch_update.added:
+            batch.rows.pop(index, None)
+            batch.fresh.add(index)
+            found = read_setting(params.extra_args)
+            if found is not None:
+                batch.rows[index] = Row(*found)
+        for source, target, direction in batch_update.moved:
+            swap = direction is MoveDirectionality.SWAP
+            moved, other = batch.rows.pop(source, None), batch.rows.pop(target, None)
+            if moved is not None:
+                batch.rows[target] = moved
+            if swap and other is not None:
+                batch.rows[source] = other
+            was, is_ = source in batch.fresh, target in batch.fresh
+            batch.fresh -= {source, target}
+            batch.fresh |= ({target} if was else set()) | ({source} if swap and is_ else set())
