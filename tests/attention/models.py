@@ -20,22 +20,21 @@ _OPEN: list[
 def save_model(folder: Path, **changes: Any) -> Path:
     """Three layers, two KV heads of 32 channels with two query heads each, context 2048. ``changes`` go to the config."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    config = Qwen3Config(
-        **{
-            "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.1,
-            "tie_word_embeddings": False, "dtype": "bfloat16",
-        }
-        | changes
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048,
+        "initializer_range": 0.1, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
-    for name, weight in model.named_parameters():
+    made: Any = transformers.AutoModelForCausalLM.from_config(
+        transformers.Qwen3Config(**(settings | changes))
+    )
+    for name, weight in made.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.data *= 1.7
-    model.to(torch.bfloat16).save_pretrained(folder)
+    made.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -77,7 +77,7 @@ def test_pages_written_under_a_budget_are_never_read_as_dense(sparse: Any, stock
     follow = prompt + said
     bare = stock()
     assert decode(vllm_engine, [follow]) == decode(bare, [follow])
-    assert _cached(vllm_engine, follow + [7], None) >= len(follow) // 32 * 32 - 32  # its own dense pages
+    assert _cached(vllm_engine, [*follow, 7], None) >= len(follow) // 32 * 32 - 32  # its own dense pages
     vllm_engine.reset_prefix_cache()
     decode(vllm_engine, [prompt], setting, tokens=200)
     assert _cached(vllm_engine, follow, None) == 0
