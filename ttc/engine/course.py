@@ -255,14 +255,14 @@ class Course:
             ids = self._next_trigger()
             found = next(
                 (i for i in range(self.base, here) if out[i : i + len(ids)] == ids[: here - i]
-                 and (self.at_end or self.min_thinking or i == self._next_checkpoint())),
+                 and (self.at_end or self.min_thinking or i == max(self._next_checkpoint(), self.base))),
                 None,
             )  # fmt: skip
             if found is None:
                 break
             self.begun += 1
+            self.ends_used += found < self._next_checkpoint() and self.ends_used < self.at_end
             self.checkpoint += self.checkpoint < len(self.at)
-            self.ends_used += found != self._next_checkpoint() and self.ends_used < self.at_end
             self.span, self.span_at, self.base = list(ids), found, found + len(ids)
             self.spans.append((found, len(ids)))
         while self._next_checkpoint() < here:  # passed without a trigger: it did not fit

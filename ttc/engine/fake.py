@@ -133,7 +133,7 @@ class FakeEngine:
         course = Course(
             due=request.thinking_tokens, think_close=[CLOSE], close=[CLOSE, *[CLOSING] * (self.close_tokens - 1)],
             triggers=[[WORD] * len(text.split()) for text in control.triggers], at=list(control.at), relative=control.relative,
-            at_end=control.at_end, min_thinking=control.min_thinking, seed=request.seed,
+            at_end=control.at_end, min_thinking=control.min_thinking, loop_repeats=control.loop_repeats, seed=request.seed,
         )  # fmt: skip
         self._live[ticket] = _Live(request, self.writer(request, issued), course)
         self.peak = max(self.peak, len(self._live))
@@ -163,20 +163,17 @@ class FakeEngine:
         while not course.forcing() and course.next_position() <= live.output:
             course.arrive()
         closed = course.thought_closed()
-        if not course.forcing() and not closed and live.thought >= live.script.thinking:
-            if course.guards_end() and not course.forbids_end():
+        ends = not course.forcing() and not closed and live.thought >= live.script.thinking
+        if ends and course.guards_end():  # it may not end: it thinks on, half as long again
+            if not course.forbids_end():
                 course.end_came()
-            live.thought = (
-                live.thought // 2
-            )  # what the script does if it may not end: think on, half as long again
-            if not course.guards_end() and not course.forcing():
-                live.thought = live.script.thinking
+            ends, live.thought = False, live.script.thinking // 2
         if course.forcing():
             course.output.append(course.force())
         elif closed:
             course.output.append(ANSWER)
             live.answered += 1
-        elif live.thought >= live.script.thinking:
+        elif ends:
             course.output.append(CLOSE)
         else:
             course.output.append(THOUGHT)
