@@ -27,7 +27,7 @@ from vllm.v1.attention.backends import cpu_attn as base
 from ttc.attention import choose
 from ttc.attention.pages import Cache, key_order, unusual
 from ttc.attention.rows import Row, batch_of
-from ttc.attention.settings import CONFIG_KEY, SparseOptions
+from ttc.attention.settings import CONFIG_KEY, KvSetting, SparseOptions
 
 log = logging.getLogger("ttc.attention")
 Factors = tuple[float, ...]
@@ -62,6 +62,7 @@ class Step:
     rest: tuple[Tensor, Tensor, Tensor, Tensor, int] | None
     plans: dict[Factors, LayerPlan] = field(default_factory=dict)
     chosen: dict[Any, Tensor] = field(default_factory=dict)
+    again: bool = False  # the choices of an earlier step still hold
 
     def plan(self, factors: Factors) -> LayerPlan:
         found = self.plans.get(factors)
@@ -71,15 +72,23 @@ class Step:
 
 
 def pages_kept(
-    setting: Any, pages: int, page: int, factors: Sequence[float], always: bool = False
+    setting: KvSetting, pages: int, page: int, factors: Sequence[float], always: bool = False
 ) -> list[int]:
-    """Pages that each KV head of a row reads. Dense (all) if choosing would read as many bytes as it saves: a summary of n vectors
-    costs n / 2 tokens of KV, so a full read of up to budget + pages * n / 2 tokens is no dearer."""
+    """Pages that each KV head of a row reads, each at least one, together no more than the budget times the sum of ``factors``.
+
+    All of them (dense) where choosing would read as many bytes as it saves: a summary of n vectors costs n / 2 tokens of KV, so a
+    full read of up to budget + pages * n / 2 tokens is no dearer.
+    """
     most = max(1, setting.budget // page)
     vectors = choose.RULES.get(setting.method, 0)
     if not always and pages * page <= most * page + pages * vectors / 2:
         return [pages] * len(factors)
-    return [max(1, min(pages, int(most * factor + 0.5))) for factor in factors]
+    shares = [most * factor for factor in factors]
+    kept = [max(1, int(share + 1e-9)) for share in shares]
+    spare = int(sum(shares) + 1e-9) - sum(kept)
+    for head in sorted(range(len(kept)), key=lambda h: kept[h] - shares[h])[: max(0, spare)]:
+        kept[head] += 1
+    return [min(pages, k) for k in kept]
 
 
 class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is not type-checked here
@@ -102,14 +111,17 @@ class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # 
                 self.reason = f"keys packed for {self.isa} in a way that can't be read back"
         if self.order is not None:
             self._init_reorder_batch_threshold(1)  # rows that decode come first
-            self.factors = dict(
-                zip(self.layers, self.options.factors(len(self.layers), self.num_kv_heads), strict=True)
-            )
+            each = self.options.factors(len(self.layers), self.num_kv_heads)
+            self.factors = dict(zip(self.layers, each, strict=True))
+            anchors = {(i // self.options.share_layers, f) for i, f in enumerate(each) if f is not None}
+            self.choosing = len(anchors) / len(each)  # the part of the layers that score pages
         self.position = {name: i for i, name in enumerate(self.layers)}
         self.valid: dict[str, Tensor] = {}  # kind -> [N] pages whose summary is that of what they hold now
         self.external = vllm_config.kv_transfer_config is not None
-        self.kept: dict[Any, tuple[Any, Tensor, int]] = {}  # choices that last: mark, table, step
-        self.steps = 0
+        self.kept: dict[Any, Tensor] = {}  # choices that later steps may take over
+        self.mark: Any = None
+        self.age = 0  # steps that they have served
+        self.batch.served[self.layers[0]] = self.reason
 
     def _unusual(self, impl: Any) -> str:
         return unusual(
@@ -160,14 +172,18 @@ class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # 
         pages = ((lengths[:rows] + page - 1) // page).to(torch.int32)
         stale = self._stale(tables, full, settings)
         step = Step(self, rows, lengths[:rows], pages, tables[:rows], settings, stale, None)
+        if self.options.share_steps > 1:
+            mark = (self.batch.version, pages.tolist())
+            step.again = mark == self.mark and self.age < self.options.share_steps
+            self.mark, self.age = mark, self.age + 1 if step.again else 1
         if not self._count(step):
+            self.mark = None
             return None
         if rows < n:
             cut = starts[rows:] - starts[rows]
             left = lengths[rows:].contiguous()
             schedule = self._schedule(n - rows, self.num_heads, self.num_kv_heads, left, cut)
             step.rest = (schedule, cut, left, tables[rows:n], int(starts[rows]))
-        self.steps += 1
         return step
 
     def _forget(self, tables: Tensor, full: Tensor, n: int) -> None:
@@ -196,19 +212,21 @@ class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # 
         return stale
 
     def _count(self, step: Step) -> bool:
-        """Charge each row with the tokens it reads (mean over layers and heads). False if all stay dense."""
+        """Count for each row what it skips and scores. False if all stay dense."""
         any_sparse = self.options.always
         classes = list(self.factors.values())
-        counted = [(row, i) for i, row in enumerate(step.settings) if row]
-        for row, i in counted:
-            length, pages = int(step.lengths[i]), int(step.pages[i])
-            total = 0.0
-            for factors in set(classes):
-                keep = [pages] if factors is None else self._keep(row, pages, factors)
-                short = sum((k - pages) * self.block_size for k in keep) / len(keep)
-                any_sparse |= short < 0
-                total += classes.count(factors) * (length + short)
-            row.count(total / len(classes))
+        kinds = {factors for factors in classes if factors is not None}
+        for i, row in enumerate(step.settings):
+            if row is None:
+                continue
+            pages, skipped = int(step.pages[i]), 0.0
+            for factors in kinds:
+                keep = self._keep(row, pages, factors)
+                skipped += classes.count(factors) * (pages - sum(keep) / len(keep)) * self.block_size
+            if skipped > 0:
+                any_sparse = True
+                vectors = 0 if step.again else choose.RULES.get(row.setting.method, 0)
+                row.count(skipped / len(classes), pages * vectors * self.choosing)
         return any_sparse
 
     def _keep(self, row: Row | None, pages: int, factors: Factors) -> list[int]:
@@ -295,16 +313,9 @@ class SparseImpl(base.CPUAttentionBackendImpl):  # type: ignore[misc]
         if not plan.oracle and not bool(plan.rules.any()):
             return plan.table
         anchor = (builder.position[name] // options.share_layers, factors)
-        shared = step.chosen.get(anchor)
+        shared = builder.kept.get(anchor) if step.again else step.chosen.get(anchor)
         if shared is not None:
             return shared
-        mark: Any = None
-        if options.share_steps > 1:
-            mark = (builder.batch.version, tuple(step.pages.tolist()))
-            was = builder.kept.get(anchor)
-            if was is not None and was[0] == mark and builder.steps - was[2] < options.share_steps:
-                step.chosen[anchor] = was[1]
-                return was[1]
         table = plan.table.clone()
         heads = builder.num_kv_heads
         grouped = query[: step.rows].view(step.rows, heads, self.num_heads // heads, -1)
@@ -321,9 +332,7 @@ class SparseImpl(base.CPUAttentionBackendImpl):  # type: ignore[misc]
                 grouped[i], self.cache.keys(kv_cache, ids), int(step.lengths[i]), self.scale
             )
             choose.fill_scored(table[i * heads : (i + 1) * heads], mass, ids, plan.keep[i])
-        step.chosen[anchor] = table
-        if options.share_steps > 1:
-            builder.kept[anchor] = (mark, table, builder.steps)
+        step.chosen[anchor] = builder.kept[anchor] = table
         return table
 
     def _attend(

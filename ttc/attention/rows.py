@@ -15,7 +15,7 @@ from ttc.attention.settings import KvSetting, read_setting
 if TYPE_CHECKING:
     import torch
 
-READS: dict[int, float] = {}  # counter key -> KV tokens read (mean over layers and heads, summed over steps)
+COUNTS: dict[int, list[float]] = {}  # counter key -> KV tokens skipped, page vectors scored (see Row.count)
 _BATCHES: dict[int, Batch] = {}
 
 
@@ -27,18 +27,23 @@ class Row:
     def __init__(self, setting: KvSetting, key: int | None) -> None:
         self.setting, self.key = setting, key
 
-    def count(self, tokens: float) -> None:
-        if self.key in READS:
-            READS[self.key] += tokens
+    def count(self, skipped: float, scored: float) -> None:
+        """Add a step's KV tokens left unread and page vectors scored, each the mean over the layers (and KV heads)."""
+        counts = COUNTS.get(self.key or 0)
+        if counts is not None:
+            counts[0] += skipped
+            counts[1] += scored
 
 
 class Batch:
-    """The rows of one engine; ``version`` changes with their make-up, ``fresh`` lists rows not seen by the backend yet."""
+    """The rows of one engine; ``version`` changes with their make-up, ``fresh`` lists rows not seen by the backend yet.
+    ``served`` names each group of layers that the backend took over and why it stays dense ("": it does not)."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
         self.fresh: set[int] = set()
         self.version = 0
+        self.served: dict[str, str] = {}
 
 
 def batch_of(vllm_config: Any) -> Batch:
@@ -54,7 +59,9 @@ class KvProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-ch
         read_setting(sampling_params.extra_args)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.batch = _BATCHES[id(vllm_config.cache_config)] = Batch()
+        self.batch = batch_of(vllm_config)
+        self.batch.rows.clear()  # of an engine that had this id before
+        self.batch.fresh.clear()
 
     def is_argmax_invariant(self) -> bool:
         return True

@@ -135,4 +135,9 @@ def read_factors(path: Path, layers: int, heads: int) -> list[tuple[float, ...] 
         )
     if any(not (f > 0 and math.isfinite(f)) for row in made if row is not None for f in row):
         raise InputError(f"budgets: {path} has a factor that is not positive")
+    given = [f for row in made if row is not None for f in row]
+    if sum(given) > len(given) * (1 + 1e-6):
+        raise InputError(
+            f"budgets: the factors of {path} have a mean over 1, which would exceed every budget"
+        )
     return made
