@@ -38,23 +38,27 @@ class Cashier:
 
     def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
         """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included."""
-        tokens = thinking + self.engine.room_tokens
-        price = self.engine.info.probe_tokens or 0
-        if price and flight is not None:
-            tokens += price * len(flight.probes)
-        if price and request.probe_every:
-            start, every = (
-                max(request.probe_from, flight.tokens if flight is not None else 0, 1),
-                request.probe_every,
-            )
-            tokens += price * max(
+        info, unit = self.engine.info, self.budget.unit
+        done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
+        probes = len(flight.probes) if flight is not None else 0
+        if info.probe_tokens and request.probe_every:
+            start, every = max(request.probe_from, done, 1), request.probe_every
+            probes += max(
                 0, thinking // every + -start // every + 1
             )  # multiples of every in [start, thinking]
-        passes = self.engine.info.prompt_passes
+        passes = info.prompt_passes
         prompt = job.prompt_tokens + len(request.prefix)  # a token has at least one character
-        done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
-        return self.pricer.most(
-            self.budget.unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
+        tokens, forks = thinking + self.engine.room_tokens, 0.0
+        if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
+            probes += 1  # one may be under way
+            whole = prompt + thinking
+            forks = probes * self.pricer.most_fork(
+                unit, request, whole, info.probe_prefill, info.probe_tokens
+            )
+        else:
+            tokens += probes * (info.probe_tokens or 0)
+        return forks + self.pricer.most(
+            unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
         )
 
     def affordable(self, job: Job, request: Request, first: bool) -> int | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from ttc.errors import InputError
-from ttc.types import Branch, Charge, Completion, Decision, Probe, Request, Result, Verdict
+from ttc.types import Branch, Charge, Completion, Decision, Fork, Probe, Request, Result, Verdict
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -183,11 +183,12 @@ def branch_to_json(branch: Branch) -> dict[str, Any]:
 
 def branch_from_json(row: Mapping[str, Any]) -> Branch:
     try:
+        forks = tuple(Fork(*each) for each in row["completion"].get("forks", ()))
         return Branch(
             problem_id=row["problem"],
             index=row["index"],
             seed=row["seed"],
-            completion=_build(Completion, row["completion"]),
+            completion=_build(Completion, {**row["completion"], "forks": forks}),
             answer=row["answer"],
             vote=row["vote"],
             charge=_build(Charge, row["charge"]),

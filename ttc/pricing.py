@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ttc.budget import Unit
-from ttc.costmodel import KINETICS_INTENSITY, ModelShape, full, kinetics
+from ttc.costmodel import KINETICS_INTENSITY, Cost, ModelShape, full, kinetics
 from ttc.errors import InputError
 from ttc.types import Charge, Completion, Request
 
@@ -52,7 +52,8 @@ class Pricer:
 
     def charge(self, request: Request, completion: Completion, seconds: float) -> Charge:
         """The price of what the engine did for one branch, whatever its end."""
-        tokens = completion.output_tokens + completion.probe_tokens
+        tokens = completion.output_tokens + (0 if completion.forks else completion.probe_tokens)
+        prompt = completion.prompt_tokens + sum(fork.prompt_tokens for fork in completion.forks)
         flops = moved = eflops = own = 0.0
         if self.shape is not None and tokens:
             cost = full(
@@ -66,18 +67,46 @@ class Pricer:
             )
             flops, moved, eflops = float(cost.flops), float(cost.bytes), float(cost.eflops(self.intensity))
             own = self.kinetics(request, completion).own
+        for fork in completion.forks if self.shape is not None else ():
+            cost = self._fork(request, *fork)
+            flops, moved = flops + float(cost.flops), moved + float(cost.bytes)
+            eflops += float(cost.eflops(self.intensity))
         return Charge(
             tokens_generated=completion.generated_tokens,
             tokens_forced=completion.forced_tokens,
             tokens_probe=completion.probe_tokens,
-            tokens_prompt=completion.prompt_tokens,
+            tokens_prompt=prompt,
             flops=flops,
             bytes=moved,
             eflops=eflops,
             eflops_kinetics=own,
             seconds=seconds,
-            dollars=self._dollars(completion.prompt_tokens, tokens),
+            dollars=self._dollars(prompt, completion.output_tokens + completion.probe_tokens),
         )
+
+    def _fork(self, request: Request, prompt: int, cached: int, tokens: int, reads: float | None) -> Cost:
+        assert self.shape is not None
+        return full(
+            self.shape,
+            prompt_tokens=prompt,
+            cached_prompt_tokens=cached,
+            generated_tokens=tokens,
+            weight_reads=self._reads(tokens, reads),
+            kv_budget=request.kv_budget,
+            method=request.kv_method,
+        )
+
+    def most_fork(self, unit: Unit, request: Request, prompt: int, prefill: int, tokens: int) -> float:
+        """The most, in ``unit``, that an anytime answer of ``tokens`` tokens can cost as a request of its own behind ``prompt``
+        tokens, of which at most ``prefill`` are computed again; it may be alone in each of its steps."""
+        if unit == "tokens":
+            return float(tokens)
+        if unit == "dollars":
+            return self._dollars(prompt, tokens)
+        if unit == "seconds" or self.shape is None:
+            return 0.0
+        cached = max(prompt - prefill, 0)
+        return float(self._fork(request, prompt, cached, tokens, float(tokens)).eflops(self.intensity))
 
     def kinetics(self, request: Request, completion: Completion) -> Kinetics:
         """Kinetics Eq. 4 for one of N branches. The equation is linear in N: its slope is the branch's own cost, its intercept

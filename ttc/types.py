@@ -148,12 +148,23 @@ class Request:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+class Fork(NamedTuple):
+    """A request of its own that an anytime answer took: the branch so far as its prompt, how much of that was in the cache, what it
+    wrote (closing included), and its share of weight reads (None: not measured)."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    weight_reads: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine made of a request, in the engine's own counts.
 
     ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans, triggers: ``triggers`` of them were begun);
-    ``probe_tokens`` is what its anytime answers cost, beside the branch. ``partial``: it only paused at the end of a step.
+    ``probe_tokens`` is what its anytime answers cost, beside the branch (``forks``: one by one, where each took a request of its
+    own). ``partial``: it only paused at the end of a step.
     ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in
     that step), None where the engine can't see its batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None
     unless the request asked for them.
@@ -174,6 +185,7 @@ class Completion:
     probe_tokens: int = 0
     triggers: int = 0
     partial: bool = False
+    forks: tuple[Fork, ...] = ()
 
     @property
     def output_tokens(self) -> int:

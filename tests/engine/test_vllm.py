@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -200,3 +201,90 @@ def test_bad_models_are_refused_in_a_line() -> None:
         VLLMEngine("nano-zz")
     with pytest.raises(InputError, match="has no config"):
         VLLMEngine("./tests")
+
+
+# -- anytime answers --------------------------------------------------------------------------------------------------------------
+def probed(
+    engine: VLLMEngine, requests: list[Request]
+) -> tuple[dict[int, Completion], dict[int, list[tuple[int, str]]]]:
+    """Run requests to their ends; what they are, and the anytime answers heard of each: (tokens, text)."""
+    heard: dict[int, list[tuple[int, str]]] = {}
+    done: dict[int, Completion] = {}
+    for ticket, each in enumerate(requests, start=1):
+        engine.submit(ticket, each)
+    while len(done) < len(requests):
+        report = engine.step()
+        done |= dict(report.finished)
+        for probe in report.probes:
+            heard.setdefault(probe.ticket, []).append((probe.tokens, probe.text))
+    return done, heard
+
+
+def test_a_probed_branch_answers_at_any_time_and_is_left_as_it_was(engine: VLLMEngine) -> None:
+    asked = [request(p, 0, 150, probe_from=10, probe_every=10) for p in sums(8, terms=8, seed=21)]
+    before = engine.counters()
+    done, heard = probed(engine, asked)
+    after = engine.counters()
+    plain = finish(engine, [replace(r, probe_from=0, probe_every=0) for r in asked])
+    judge = PlainJudge()
+    for ticket, completion in done.items():
+        assert completion.token_ids == plain[ticket].token_ids, "probes change nothing of the branch"
+        thought = len(engine._ids(completion.text.split("</think>")[0]))
+        assert [at for at, _ in heard[ticket]][:3] == [10, 20, 30]
+        assert all(at <= thought for at, _ in heard[ticket])
+        for at, text in heard[ticket]:
+            assert engine._ids(text)[:at] == list(completion.token_ids[:at])
+            assert judge.answer(asked[ticket - 1].problem, text), "never an empty answer"
+        assert len(heard[ticket]) <= len(completion.forks) <= len(heard[ticket]) + 1
+        assert engine.info.probe_tokens is not None
+        assert all(fork.output_tokens <= engine.info.probe_tokens for fork in completion.forks)
+        assert completion.probe_tokens == sum(fork.output_tokens for fork in completion.forks)
+    spent = sum(c.output_tokens + c.probe_tokens for c in done.values())
+    assert spent == after.output_tokens - before.output_tokens
+    prompts = sum(c.prompt_tokens + sum(f.prompt_tokens for f in c.forks) for c in done.values())
+    assert prompts == after.prompt_tokens - before.prompt_tokens
+
+
+def test_a_fork_shares_the_branchs_prefix(engine: VLLMEngine) -> None:
+    """All whole blocks behind it are found in the cache: less than one block is computed again."""
+    block = engine.info.probe_prefill
+    assert block is not None
+    [completion] = probed(
+        engine, [request(sums(1, terms=20, seed=22)[0], 0, 400, probe_from=block, probe_every=block)]
+    )[0].values()
+    whole = [fork for fork in completion.forks if fork.prompt_tokens > block]
+    assert whole
+    assert all(fork.prompt_tokens - fork.cached_tokens <= block for fork in whole)
+
+
+def test_cancelled_branches_take_their_anytime_answers_with_them(engine: VLLMEngine) -> None:
+    before = engine.counters()
+    for ticket, problem in enumerate(sums(6, terms=12, seed=23), start=1):
+        engine.submit(ticket, request(problem, 0, 300, probe_every=3))
+    for _ in range(20):
+        engine.step()
+    engine.abort(range(1, 7))
+    done = dict(engine.step().finished)
+    assert not engine._running
+    after = engine.counters()
+    assert (
+        sum(c.output_tokens + c.probe_tokens for c in done.values())
+        == after.output_tokens - before.output_tokens
+    )
+
+
+@pytest.mark.parametrize(
+    "policy", ["adaptive?probe_every=16&max_samples=6&width=3", "parallel-probe?n=4&every=16"]
+)
+def test_policies_that_probe_work_live(engine: VLLMEngine, policy: str) -> None:
+    problems = sums(12, terms=8, seed=24)
+    before = engine.counters()
+    run = Run(problems, engine, Settings(policy=policy, budget="3k tokens", max_thinking_tokens=200))
+    results = list(run.results())
+    after = engine.counters()
+    assert all(r.answer is not None for r in results)
+    assert any(b.probes for r in results for b in r.branches)
+    assert sum(r.charge.tokens_probe for r in results) > 0
+    assert sum(r.charge.tokens for r in results) == after.output_tokens - before.output_tokens
+    assert sum(r.charge.tokens_prompt for r in results) == after.prompt_tokens - before.prompt_tokens
+    assert run.driver.overrun == 0

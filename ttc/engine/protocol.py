@@ -23,7 +23,8 @@ class EngineInfo:
     ``context`` is the longest sequence (prompt + output) in tokens; ``concurrency`` how many branches run at once; ``steerable``
     whether ``steer`` acts within one step; ``shape`` is None where the model's config is unknown (a remote server), and
     FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine
-    can't probe; one that can is a ``ProbingEngine``). ``identity`` names model and versions for run.json, which a
+    can't probe; one that can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the
+    branch that may have to compute again (None: it takes none). ``identity`` names model and versions for run.json, which a
     resumed run must match.
     """
 
@@ -39,6 +40,7 @@ class EngineInfo:
     thinking_tokens: int = 0
     signals: tuple[str, ...] = ()
     probe_tokens: int | None = None
+    probe_prefill: int | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.engine.model import ModelFiles, load_model_files
-from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.errors import EngineError, InputError
-from ttc.types import Completion, Finish, Problem, Request
+from ttc.types import Completion, Finish, Fork, Problem, Request, Sampling
 from ttc.types import Control as Steering
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ _STEERING = ("relative", "at_end", "min_thinking", "loop_repeats", "stop_below",
 
 @dataclass(slots=True)
 class _Running:
+    """A branch, or (tickets below 0) the fork of one that writes its anytime answer."""
+
     control: Control
-    prompt: int
+    context: list[int]
     ids: list[int] = field(default_factory=list)
     tokens: int = 0
     reads: float = 0.0
@@ -52,6 +54,12 @@ class _Running:
     limit: int | None = None
     step_tokens: int = 0
     partial: bool = False
+    probe_every: int = 0
+    next_probe: int = 0
+    fork: int = 0  # ticket of the anytime answer under way (0: none)
+    forks: list[Fork] = field(default_factory=list)
+    parent: int = 0  # of a fork: the branch it was made from, and where
+    at: int = 0
 
 
 class VLLMEngine:
@@ -103,6 +111,8 @@ class VLLMEngine:
             shape=self.files.shape,
             thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty") if self._in_process else (),
+            probe_tokens=self.room_tokens if self._end_ids else None,
+            probe_prefill=int(self._llm.vllm_config.cache_config.block_size),
             identity={
                 **self.files.identity,
                 "vllm": _vllm_version(),
@@ -113,6 +123,7 @@ class VLLMEngine:
         self._ended: list[tuple[int, Completion]] = []
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
+        self._forked = 0
 
     # -- start-up ---------------------------------------------------------------------------------------------------------
     def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
@@ -127,7 +138,7 @@ class VLLMEngine:
             "model": str(self.files.path),
             "dtype": dtype,
             "max_model_len": length,
-            "max_num_seqs": concurrency,
+            "max_num_seqs": concurrency + max(1, concurrency // 8),  # the rest is for anytime answers
             "enable_prefix_caching": True,
             "async_scheduling": False,  # the processor reads each token before the next step
             "disable_log_stats": False,  # the counters are vLLM's own
@@ -216,7 +227,9 @@ class VLLMEngine:
         if self._in_process:
             CONTROLS[control.key or 0] = control
         self._stats.requests += 1
-        self._running[ticket] = _Running(control, len(ids), step_tokens=request.step_tokens)
+        self._running[ticket] = _Running(control, ids, step_tokens=request.step_tokens)
+        if request.probe_every:
+            self.probe(ticket, request.probe_from, request.probe_every)
 
     def _steering(self, control: Steering | None) -> dict[str, Any]:
         """A request's control in ids. Raises InputError for a trigger that this tokenizer makes nothing of."""
@@ -261,15 +274,18 @@ class VLLMEngine:
         return ids
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:
-        sampling = request.sampling
         most = request.thinking_tokens + self.room_tokens
-        pauses = 0 < request.step_tokens <= request.thinking_tokens
+        pauses = 0 < request.step_tokens < request.thinking_tokens
+        most = request.step_tokens if pauses else most
+        return self._sampling_params(request.sampling, request.seed, most, extra)
+
+    def _sampling_params(self, sampling: Sampling, seed: int, most: int, extra: dict[str, Any]) -> Any:
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=request.seed if sampling.temperature > 0 else None,
-            max_tokens=request.step_tokens if pauses else most,
+            seed=seed if sampling.temperature > 0 else None,
+            max_tokens=most,
             stop_token_ids=extra["ttc"].get("step"),
             extra_args=extra,
             skip_special_tokens=False,
@@ -304,18 +320,27 @@ class VLLMEngine:
                 moved.append((ticket, running))
         share = 1.0 / len(moved) if moved else 0.0
         for ticket, running in moved:
+            if ticket not in self._running:
+                continue  # a fork whose branch has just ended
             running.reads += share
             output = ended.get(ticket)
             if output is not None:
                 running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+                if running.parent:
+                    self._answered(ticket, report)
+                    continue
                 running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
+            elif running.parent:
+                continue
             elif running.limit is not None and running.tokens >= running.limit:
                 self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
                 running.ids = list(running.control.output)
                 report.finished.append((ticket, self._completion(ticket, "length")))
             else:
                 report.progress[ticket] = Progress(running.tokens, running.reads)
+                if running.probe_every:
+                    self._probe_if_due(ticket, running)
 
     def _follow_outputs(self, outputs: Sequence[Any], report: StepReport) -> None:
         """With worker processes: an output for every branch and step."""
@@ -329,16 +354,92 @@ class VLLMEngine:
                 running.cached = output.num_cached_tokens or 0
             running.ids.extend(output.outputs[0].token_ids)
             running.reads += share
-            if output.finished:
+            if running.parent:
+                if output.finished:
+                    self._answered(ticket, report)
+            elif output.finished:
                 running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
             else:
                 report.progress[ticket] = Progress(len(running.ids), running.reads)
+                if running.probe_every:
+                    running.control.output, running.tokens = running.ids, len(running.ids)
+                    self._probe_if_due(ticket, running)
+
+    # -- anytime answers --------------------------------------------------------------------------------------------------
+    def probe(self, ticket: int, start: int, every: int) -> None:
+        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens: a greedy request of its own that
+        goes on from the branch's tokens, closes the thought and answers. It shares the branch's KV prefix; what is computed again is
+        less than a block. Unknown tickets are ignored."""
+        running = self._running.get(ticket)
+        if running is None or self._info.probe_tokens is None:
+            return
+        running.probe_every = every
+        running.next_probe = -(-max(start, running.tokens, 1) // every) * every
+
+    def _probe_if_due(self, ticket: int, running: _Running) -> None:
+        control = running.control
+        if running.fork:
+            self._drop_stranded_fork(running)
+            return
+        if running.tokens < running.next_probe or control.forcing() or control.done:
+            return
+        if control.thought_closed():  # its own answer is on the way
+            running.probe_every = 0
+            return
+        running.next_probe = (running.tokens // running.probe_every + 1) * running.probe_every
+        self._forked -= 1
+        self._add_fork(ticket, running, self._forked)
+
+    def _add_fork(self, parent: int, running: _Running, ticket: int) -> None:
+        from ttc.engine.control import CONTROLS, Control, instructions
+
+        written = list(running.control.output)
+        ids = running.context + written
+        control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
+        params = self._sampling_params(Sampling(0.0), 0, self.room_tokens, instructions(control))
+        self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
+        if self._in_process:
+            CONTROLS[control.key or 0] = control
+        running.fork = ticket
+        self._running[ticket] = _Running(control, ids, parent=parent, at=len(written))
+
+    def _answered(self, ticket: int, report: StepReport) -> None:
+        """An anytime answer is there: hand it over, and charge its branch."""
+        fork = self._running[ticket]
+        parent = self._running[fork.parent]
+        written = fork.context[len(parent.context) :]
+        report.probes.append(Probed(fork.parent, fork.at, self._text(written + fork.ids)))
+        self._end_fork(parent, whole=True)
+
+    def _drop_stranded_fork(self, running: _Running) -> None:
+        """A branch that was preempted has no KV to share: a fork that has not begun is not begun."""
+        fork = self._running[running.fork]
+        if running.control.row < 0 and self._in_process and not fork.control.output:
+            self._end_fork(running)
+
+    def _end_fork(self, parent: _Running, *, whole: bool = False) -> None:
+        """Take the branch's fork out, cancelled if it still runs, and note what it cost. What it found in the cache is known
+        only of a whole one; of another it is taken to be all whole blocks, since the branch itself holds them."""
+        from ttc.engine.control import CONTROLS
+
+        ticket, parent.fork = parent.fork, 0
+        fork = self._running.pop(ticket)
+        CONTROLS.pop(fork.control.key or 0, None)
+        if not whole:
+            self._llm.abort_request([str(ticket)])
+            block = self._info.probe_prefill or 1
+            fork.ids = fork.ids or list(fork.control.output)
+            fork.cached = (len(fork.context) - 1) // block * block
+        if fork.ids:
+            parent.forks.append(Fork(len(fork.context), fork.cached, len(fork.ids), fork.reads))
 
     def _completion(self, ticket: int, finish: Finish) -> Completion:
         from ttc.engine.control import CONTROLS, confidence
 
         running = self._running.pop(ticket)
+        if running.fork:
+            self._end_fork(running)
         control = running.control
         CONTROLS.pop(control.key or 0, None)
         mean_logprob, self_certainty = confidence(control)
@@ -349,7 +450,7 @@ class VLLMEngine:
         return Completion(
             text=self._text(running.ids),
             finish=finish,
-            prompt_tokens=running.prompt if running.ids else 0,
+            prompt_tokens=len(running.context) if running.ids else 0,
             generated_tokens=len(running.ids) - forced,
             forced_tokens=forced,
             cached_tokens=running.cached,
@@ -357,6 +458,8 @@ class VLLMEngine:
             closed=control.closed_by_force,
             triggers=control.begun,
             partial=running.partial,
+            probe_tokens=sum(fork.output_tokens for fork in running.forks),
+            forks=tuple(running.forks),
             weight_reads=running.reads,
             mean_logprob=mean_logprob,
             self_certainty=self_certainty,
