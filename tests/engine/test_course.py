@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import PlainJudge, make_problems
+from tests.test_driver import make_driver, total
+from ttc.budget import Budget, Unit
 from ttc.engine.course import Course
 from ttc.engine.fake import CLOSE as FAKE_CLOSE
 from ttc.engine.fake import WORD, FakeEngine, random_writer
+from ttc.errors import BudgetTooSmall
+from ttc.policies import parse
 from ttc.types import Completion, Control, Request, Sampling, seed_for
 
 CLOSE, FREE = 7, (20, 21, 22, 23, 24)
@@ -224,3 +228,27 @@ def test_the_fake_engine_forces_what_a_control_says() -> None:
     assert [i for i, t in enumerate(completion.token_ids) if t == WORD] == [10, 11, 12, 20, 21, 22]
     [bare] = finish(engine, [replace(request, control=None)]).values()
     assert bare.triggers == 0
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_anytime_answers_keep_any_budget(seed: int) -> None:
+    rng = random.Random(seed)
+    engine = FakeEngine(
+        random_writer(mean_thinking=60.0, p_fail=0.1), concurrency=rng.randint(1, 6), probes=True
+    )
+    unit: Unit = rng.choice(["tokens", "eflops", "dollars"])
+    policy = parse(rng.choice(["adaptive?probe_every=7&width=3&after=0.1", "parallel-probe?n=4&every=9"]))
+    rich, problems = make_driver(engine, policy, Budget(1e18, unit)), make_problems(4)
+    least = rich.cashier.most(rich.prepare(problems)[0][0], Request(problems[0], 0, 0, 40, probe_every=7), 40)
+    driver = make_driver(
+        engine, policy, Budget(least * rng.uniform(1, 30), unit, rng.choice(["problem", "run"]))
+    )
+    try:
+        results = list(driver.run(problems))
+    except BudgetTooSmall:
+        return
+    assert driver.overrun == 0
+    charge = total(results)
+    assert charge.tokens == engine.counters().output_tokens
+    assert charge.tokens_prompt == engine.counters().prompt_tokens
+    assert len(results) == 4

@@ -13,8 +13,8 @@ from typing import Literal
 
 from ttc.costmodel import ModelShape
 from ttc.engine.course import Course
-from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
-from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
+from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
+from ttc.types import AnswerFormat, Completion, Control, Fork, Problem, Request, Sampling
 
 TINY_SHAPE_CONFIG = {
     "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -64,6 +64,9 @@ def random_writer(
 THOUGHT, CLOSE, CLOSING, ANSWER, WORD = range(5)
 """The fake's tokens: a thought's, its closing delimiter, the rest of a closing span, an answer's; each word of a trigger is one."""
 
+BLOCK = 16
+"""Tokens of a KV block: what an anytime answer computes again."""
+
 
 @dataclass(slots=True)
 class _Live:
@@ -73,6 +76,9 @@ class _Live:
     reads: float = 0.0
     thought: int = 0  # tokens of thinking of its own
     answered: int = 0
+    probe_every: int = 0
+    next_probe: int = 0
+    forks: list[Fork] = field(default_factory=list)
 
     @property
     def output(self) -> int:
@@ -90,6 +96,7 @@ class FakeEngine:
     close_tokens: int = 3
     answer_room: int = 5
     steerable: bool = True
+    probes: bool = False
     step_seconds: float = 0.01
     now: float = 0.0
     _live: dict[int, _Live] = field(default_factory=dict)
@@ -107,6 +114,7 @@ class FakeEngine:
             name="fake", model="fake", context=self.context, concurrency=self.concurrency, format=AnswerFormat(),
             sampling=Sampling(), steerable=self.steerable, shape=ModelShape.from_config(TINY_SHAPE_CONFIG),
             signals=("mean-logprob", "self-certainty"), identity={"model": "fake"},
+            probe_tokens=self.room_tokens if self.probes else None, probe_prefill=BLOCK if self.probes else None,
         )  # fmt: skip
 
     @property
@@ -137,6 +145,14 @@ class FakeEngine:
         )  # fmt: skip
         self._live[ticket] = _Live(request, self.writer(request, issued), course)
         self.peak = max(self.peak, len(self._live))
+        if request.probe_every:
+            self.probe(ticket, request.probe_from, request.probe_every)
+
+    def probe(self, ticket: int, start: int, every: int) -> None:
+        live = self._live.get(ticket)
+        if live is not None and self.probes:
+            live.probe_every = every
+            live.next_probe = -(-max(start, live.output, 1) // every) * every
 
     def step(self) -> StepReport:
         self.now += self.step_seconds
@@ -183,6 +199,17 @@ class FakeEngine:
             report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))
         else:
             report.progress[ticket] = Progress(live.output, live.reads)
+            if live.probe_every and live.output >= live.next_probe and not course.thought_closed():
+                self._fork(ticket, live, report)
+
+    def _fork(self, ticket: int, live: _Live, report: StepReport) -> None:
+        """An anytime answer, at once: the least of a block is found in the cache, and it is alone in all its steps."""
+        live.next_probe = (live.output // live.probe_every + 1) * live.probe_every
+        prompt, tokens = self.count_prompt(live.request.problem) + live.output, self.close_tokens + 1
+        live.forks.append(Fork(prompt, max(prompt - BLOCK, 0), tokens, float(tokens)))
+        self._counts["output_tokens"] += tokens
+        self._counts["prompt_tokens"] += prompt
+        report.probes.append(Probed(ticket, live.output, f"thinking</think>{live.script.answer}"))
 
     def _end(self, ticket: int, finish: Literal["stop", "length", "abort", "error"]) -> Completion:
         live = self._live.pop(ticket)
@@ -196,6 +223,7 @@ class FakeEngine:
             text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
             generated_tokens=live.output - live.course.forced, forced_tokens=live.course.forced, weight_reads=live.reads,
             closed=live.course.closed_by_force, triggers=live.course.begun, token_ids=tuple(live.course.output),
+            forks=tuple(live.forks), probe_tokens=sum(fork.output_tokens for fork in live.forks),
             mean_logprob=-rng.random() if live.request.signals else None,
             self_certainty=rng.random() if live.request.signals else None,
             error="the fake engine was told to fail" if finish == "error" else "",

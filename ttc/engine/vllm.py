@@ -368,9 +368,9 @@ class VLLMEngine:
 
     # -- anytime answers --------------------------------------------------------------------------------------------------
     def probe(self, ticket: int, start: int, every: int) -> None:
-        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens: a greedy request of its own that
-        goes on from the branch's tokens, closes the thought and answers. It shares the branch's KV prefix; what is computed again is
-        less than a block. Unknown tickets are ignored."""
+        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens: a greedy request of its own goes on
+        from the branch's tokens, closes the thought and answers. It shares the branch's KV prefix: at most a block is computed
+        again. Unknown tickets are ignored."""
         running = self._running.get(ticket)
         if running is None or self._info.probe_tokens is None:
             return
