@@ -1,7 +1,9 @@
 """The arms of ``ttc bench overhead``, each in a process of its own: ``python -m ttc.bench.arms KIND JSON``.
 
 An arm prints a line when it is ready, then does the job once for each line on its standard input and prints what it took. All do
-the same job: ``samples`` samples of each of ``problems`` problems with the embedded reasoner, ``concurrency`` in flight.
+the same job: ``samples`` samples of each of ``problems`` problems with the embedded reasoner, ``concurrency`` in flight. The
+lengths are those of ttc's last turn: bare vLLM and the plain client are told to write just as many tokens for each sample
+(its_hub takes no such word), or a few long chains more or less would decide who is faster.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ class Job:
         return from_task(self.task, self.problems, 0)
 
 
-Work = Callable[[int], int]
-"""(round) -> output tokens, -1 where only the server can count them."""
+Lengths = list[list[int]]
+"""Output tokens of each sample (columns) of each problem (rows)."""
+
+Work = Callable[[Lengths], tuple[int, Lengths]]
+"""(lengths to write) -> output tokens (-1 where only the server can count them), lengths written."""
 
 
 def ours(job: Job) -> Work:
@@ -51,23 +56,22 @@ def ours(job: Job) -> Work:
     engine = start_engine(job.model, f"openai:{job.url}" if job.url else "vllm", **options)
     problems = job.load()
 
-    def work(turn: int) -> int:
+    def work(lengths: Lengths) -> tuple[int, Lengths]:
         settings = Settings(
-            policy=f"self-consistency?n={job.samples}",
-            budget="1G tokens",
-            seed=turn,
-            max_thinking_tokens=job.thinking_tokens,
-        )
+            policy=f"self-consistency?n={job.samples}", budget="1G tokens", max_thinking_tokens=job.thinking_tokens
+        )  # fmt: skip
         run = Run(problems, engine, settings)
-        for _ in run.results():
-            pass
-        return run.status.charge.tokens
+        written = {
+            r.problem_id: [b.completion.output_tokens for b in r.branches]
+            for r in run.results()
+        }
+        return run.status.charge.tokens, [written[p.id] for p in problems]
 
     return work
 
 
 def bare(job: Job, *, serial: bool = False) -> Work:
-    """``vllm.LLM.generate``, n samples a prompt: all prompts in one call, or (``serial``) one problem at a time."""
+    """``vllm.LLM.generate``: all samples of all problems in one call, or (``serial``) one problem at a time."""
     from ttc.engine.model import load_model_files
     from ttc.engine.vllm import import_vllm
 
@@ -86,17 +90,16 @@ def bare(job: Job, *, serial: bool = False) -> Work:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     prompts = [{"prompt_token_ids": rendered(problem)} for problem in job.load()]
-    params = vllm.SamplingParams(
-        n=job.samples,
-        temperature=files.sampling.temperature,
-        top_p=files.sampling.top_p,
-        max_tokens=job.thinking_tokens + 32,
-    )
+    sampling = {"temperature": files.sampling.temperature, "top_p": files.sampling.top_p, "ignore_eos": True}
 
-    def work(turn: int) -> int:
-        calls = [[p] for p in prompts] if serial else [prompts]
-        outputs = [o for call in calls for o in llm.generate(call, params, use_tqdm=False)]
-        return sum(len(c.token_ids) for o in outputs for c in o.outputs)
+    def work(lengths: Lengths) -> tuple[int, Lengths]:
+        asked = [
+            [(prompt, vllm.SamplingParams(max_tokens=length, **sampling)) for length in row]
+            for prompt, row in zip(prompts, lengths, strict=True)
+        ]
+        for call in asked if serial else [[one for row in asked for one in row]]:
+            llm.generate([prompt for prompt, _ in call], [params for _, params in call], use_tqdm=False)
+        return sum(map(sum, lengths)), lengths
 
     return work
 
@@ -107,23 +110,24 @@ def client(job: Job) -> Work:
 
     problems = job.load()
 
-    async def one(http: aiohttp.ClientSession, problem: Problem) -> int:
+    async def one(http: aiohttp.ClientSession, problem: Problem, length: int) -> int:
         body = {
-            "model": job.model, "messages": [dict(m) for m in problem.messages], "temperature": 1.0,
-            "max_tokens": job.thinking_tokens + 32,
+            "model": job.model, "messages": [dict(m) for m in problem.messages], "temperature": 1.0, "max_tokens": length,
+            "ignore_eos": True,
         }  # fmt: skip
         async with http.post(f"{job.url}/v1/chat/completions", json=body) as reply:
             reply.raise_for_status()
             return int((await reply.json())["usage"]["completion_tokens"])
 
-    async def everything() -> int:
+    async def everything(lengths: Lengths) -> int:
         connector = aiohttp.TCPConnector(
             limit=job.concurrency, force_close=True
         )  # the server drops idle ones
         async with aiohttp.ClientSession(connector=connector) as http:
-            return sum(await asyncio.gather(*(one(http, p) for p in problems for _ in range(job.samples))))
+            pieces = [one(http, p, n) for p, row in zip(problems, lengths, strict=True) for n in row]
+            return sum(await asyncio.gather(*pieces))
 
-    return lambda turn: asyncio.run(everything())
+    return lambda lengths: (asyncio.run(everything(lengths)), lengths)
 
 
 def its_hub(job: Job) -> Work:
@@ -141,10 +145,10 @@ def its_hub(job: Job) -> Work:
     algorithm = SelfConsistency(lambda text: text.split("</think>")[-1].strip())
     problems = job.load()
 
-    def work(turn: int) -> int:
+    def work(lengths: Lengths) -> tuple[int, Lengths]:
         for problem in problems:
             algorithm.infer(model, problem.text, budget=job.samples)
-        return -1
+        return -1, lengths
 
     return work
 
@@ -164,11 +168,13 @@ def main(arguments: Sequence[str]) -> None:
     work = ARMS[kind](Job(**json.loads(config)))
     print(json.dumps({"ready": kind}), file=out, flush=True)
     for line in sys.stdin:
+        lengths = json.loads(line)
         start = time.perf_counter()
-        tokens = work(int(line))
+        tokens, lengths = work(lengths)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"tokens": tokens, "seconds": seconds, "peak_bytes": peak}), file=out, flush=True)
+        told = {"tokens": tokens, "seconds": seconds, "peak_bytes": peak, "lengths": lengths}
+        print(json.dumps(told), file=out, flush=True)
 
 
 if __name__ == "__main__":

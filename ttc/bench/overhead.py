@@ -48,7 +48,7 @@ class Arm:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
         )  # fmt: skip
         self._read()
-        self.turns: list[dict[str, float]] = []
+        self.turns: list[dict[str, Any]] = []
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -59,16 +59,18 @@ class Arm:
             raise EngineError(f"bench: the {self.kind} arm died: {said.splitlines()[-1]}")
         return dict(json.loads(line))
 
-    def turn(self, number: int) -> None:
+    def turn(self, lengths: list[list[int]], *, counted: bool) -> list[list[int]]:
+        """Do the job once; returns the lengths written."""
         assert self._process.stdin is not None
         before = generated_by(self.job.url) if self.job.url else 0
-        self._process.stdin.write(f"{number}\n")
+        self._process.stdin.write(json.dumps(lengths) + "\n")
         self._process.stdin.flush()
         measured = self._read()
         if self.job.url:  # the server's own count, the same for every client
             measured["tokens"] = generated_by(self.job.url) - before
-        if number:
+        if counted:
             self.turns.append(measured)
+        return list(measured["lengths"])
 
     def result(self) -> Measured:
         rates = [t["tokens"] / t["seconds"] for t in self.turns]
@@ -134,15 +136,18 @@ def server(job: Job) -> Iterator[str]:
 
 
 def compare(kinds: Sequence[str], job: Job, rounds: int, say: Any) -> dict[str, Measured]:
-    """Run the arms turn by turn; the order is reversed every other round, so that drift favours none."""
+    """Run the arms turn by turn, ttc first in the first, which is not counted and gives the lengths; the order is reversed every
+    other round, so that drift favours none."""
     arms: list[Arm] = []
+    lengths: list[list[int]] = []
     try:
         for kind in kinds:
             say(f"starting {kind}{' (through the server)' if job.url else ''}")
             arms.append(Arm(kind, job))
         for number in range(rounds + 1):
-            for arm in arms if number % 2 else reversed(arms):
-                arm.turn(number)
+            for arm in reversed(arms) if number % 2 else arms:
+                written = arm.turn(lengths, counted=number > 0)
+                lengths = written if arm.kind == "ttc" else lengths
             say(f"round {number} of {rounds} done")
         return {arm.kind: arm.result() for arm in arms}
     finally:
