@@ -18,18 +18,22 @@ from ttc.jobs import Policy
 from ttc.policies.adaptive import Adaptive
 from ttc.policies.baselines import AdaptiveConsistency, DeepConf, EarlyStopping, ParallelProbe
 from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
+from ttc.policies.search import Beam, Dvts, Particles
 from ttc.policies.steered import BudgetForcing, IterativeDeepening, Plain
 
 POLICIES: dict[str, type[Any]] = {
     "adaptive": Adaptive,
     "adaptive-consistency": AdaptiveConsistency,
+    "beam": Beam,
     "best-of-n": BestOfN,
     "budget-forcing": BudgetForcing,
     "deepconf": DeepConf,
+    "dvts": Dvts,
     "early-stopping": EarlyStopping,
     "greedy": Greedy,
     "iterative-deepening": IterativeDeepening,
     "parallel-probe": ParallelProbe,
+    "particles": Particles,
     "plain": Plain,
     "self-consistency": SelfConsistency,
     "weighted-vote": WeightedVote,
@@ -90,6 +94,7 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
 
 
 __all__ = [
-    "POLICIES", "Adaptive", "AdaptiveConsistency", "BestOfN", "BudgetForcing", "DeepConf", "EarlyStopping", "Greedy",
-    "IterativeDeepening", "ParallelProbe", "Plain", "Policy", "SelfConsistency", "WeightedVote", "describe", "parse",
+    "POLICIES", "Adaptive", "AdaptiveConsistency", "Beam", "BestOfN", "BudgetForcing", "DeepConf", "Dvts", "EarlyStopping",
+    "Greedy", "IterativeDeepening", "ParallelProbe", "Particles", "Plain", "Policy", "SelfConsistency", "WeightedVote",
+    "describe", "parse",
 ]  # fmt: skip

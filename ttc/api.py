@@ -235,7 +235,7 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_rew
             raise InputError(
                 f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
             )
-        if need not in ("reward", "control") and need not in signals:
+        if need not in ("reward", "control", "steps") and need not in signals:
             known = ", ".join(signals) or "none"
             raise InputError(
                 f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
@@ -246,7 +246,14 @@ def _check_control(policy: Policy, engine: Engine) -> None:
     """Raise InputError for a policy that steers chains on an engine or a model where that can't be done."""
     if hasattr(policy, "check_room"):
         policy.check_room(engine.room_tokens)
-    if "control" not in getattr(policy, "needs", ()):
+    needs = getattr(policy, "needs", ())
+    if "steps" in needs:
+        if not hasattr(engine, "check_steps"):
+            raise InputError(
+                f"policy: {policy.name} grows chains step by step, which the {engine.info.name} engine can't; use --engine vllm"
+            )
+        engine.check_steps(getattr(policy, "step", ""))
+    if "control" not in needs:
         return
     if not hasattr(engine, "check_control"):
         raise InputError(

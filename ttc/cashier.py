@@ -6,6 +6,7 @@ Owns the rules by which a branch is started, shortened, postponed or refused und
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, floor, log10
 
 from ttc.budget import Budget, format_amount
@@ -37,7 +38,8 @@ class Cashier:
         return self.most(job, job.brief.request(job.problem, 0), 1)
 
     def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
-        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included."""
+        """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included, and for a
+        step that pauses also the least answer after it."""
         info, unit = self.engine.info, self.budget.unit
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
         probes = len(flight.probes) if flight is not None else 0
@@ -47,7 +49,9 @@ class Cashier:
                 0, thinking // every + -start // every + 1
             )  # multiples of every in [start, thinking]
         passes = info.prompt_passes
-        prompt = job.prompt_tokens + len(request.prefix)  # a token has at least one character
+        prompt = job.prompt_tokens + (
+            len(request.prefix_ids) or len(request.prefix)
+        )  # a token has a character or more
         tokens, forks = thinking + self.engine.room_tokens, 0.0
         if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
             probes += 1  # one may be under way
@@ -57,9 +61,18 @@ class Cashier:
             )
         else:
             tokens += probes * (info.probe_tokens or 0)
-        return forks + self.pricer.most(
-            unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
+        return (
+            forks
+            + self.pricer.most(
+                unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
+            )
+            + (self.answer_after(job, request, request.step_tokens) if _pauses(request) else 0.0)
         )
+
+    def answer_after(self, job: Job, request: Request, tokens: int) -> float:
+        """The least price of an answer that goes on ``tokens`` tokens behind the request's beginning."""
+        begun = request.prefix_ids + (0,) * tokens
+        return self.most(job, replace(request, prefix_ids=begun, step_tokens=0, probe_every=0), 1)
 
     def affordable(self, job: Job, request: Request, first: bool) -> int | None:
         """The thinking cap that the budget can pay for now; None: nothing worth starting (or not yet).
@@ -82,6 +95,9 @@ class Cashier:
             return want
         if job.account.flights:
             return None
+        if _pauses(request):  # it is run to its end at once: there would be no money for an answer after it
+            want = request.step_tokens
+            request = replace(request, step_tokens=0)
         fits = self._longest_that_fits(job, request, want)
         enough = 1 if first else self._typical_tokens()
         return fits if fits >= min(enough, want) else None
@@ -128,6 +144,10 @@ class Cashier:
             over = self.seconds_used(job) - self.budget.amount
         if over > 1e-9 * self.budget.amount:
             self.overrun = max(self.overrun, over)
+
+
+def _pauses(request: Request) -> bool:
+    return 0 < request.step_tokens < request.thinking_tokens
 
 
 def rounded_up(amount: float, unit: str) -> str:

@@ -286,6 +286,11 @@ class Driver:
             if job.work is not work:
                 return
         if job.work is work and job.pending:
+            if job.account is self.run_account and job.started and not any(b.usable for b in job.branches):
+                least = self.cashier.answer_after(job, job.pending[0][1], 0)
+                job.account.meter.hold(
+                    -1 - job.order, least
+                )  # no other problem may spend what it answers with
             self.push(job)
 
     def push(self, job: Job) -> None:
@@ -480,12 +485,16 @@ class Driver:
         remaining = job.account.meter.remaining
         if self.reward is None or not work.branches:
             return Reply(remaining=remaining)
-        texts = [b.completion.text for b in work.branches]
+        texts = list(work.texts) or [b.completion.text for b in work.branches]
         tokens = self.reward.tokens(job.problem, texts)
         charge = Charge(tokens_judge=tokens)
         price = spent_in(self.budget.unit, charge) if self.budget.unit == "tokens" else 0.0
         self.decide(job, f"score {len(texts)}", work.why, price)
-        if not job.account.meter.fits(price):
+        kept = 0.0
+        if price and not any(branch.usable for branch in job.branches):
+            longest = max(map(len, texts))  # in characters: at least its tokens
+            kept = self.cashier.answer_after(job, job.brief.request(job.problem, 0), longest)
+        if not job.account.meter.fits(price + kept):
             return Reply(remaining=remaining)
         scores = tuple(self.reward.score(job.problem, texts))
         job.account.meter.spent += price

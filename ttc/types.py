@@ -110,13 +110,14 @@ class Request:
     """One branch to be sampled. The engine promises: at most ``thinking_tokens`` tokens before the thought is made to close,
     and at most ``thinking_tokens`` + the format's room in all (see ``Engine.room_tokens``); never an empty answer.
 
-    ``index`` numbers the requests of a problem in the order in which its policy issued them; with the run seed and the problem's
-    id it fixes ``seed``. ``prefix`` is text already written that the engine continues. ``signals`` names confidence measures to
+    ``index`` numbers the requests of a problem in the order in which its policy issued them; with the run seed and the problem's id
+    it fixes ``seed``. ``prefix`` is text already written that the engine continues. ``signals`` names confidence measures to
     compute ("mean-logprob", "self-certainty"). ``effort`` in (0, 1] goes into the chat template of models that know it.
-    ``probe_every`` N > 0 asks an engine that can for the branch's anytime answer after each multiple of N tokens, the first at
-    or after ``probe_from`` (where a probe is, changes nothing of the branch itself). ``control`` steers it as it runs. A branch
-    of a search is written in steps: it pauses (``Completion.partial``) behind the first token with ``step_text`` in it, or after
-    ``step_tokens``; the next step's ``prefix_ids`` are the tokens of its ``prefix``, exactly as they were sampled.
+    ``probe_every`` N > 0 asks an engine that can for the branch's anytime answer after each multiple of N tokens, the first at or
+    after ``probe_from`` (where a probe is, changes nothing of the branch itself). ``control`` steers it as it runs. A branch of a
+    search is written in steps: it pauses (``Completion.partial``) behind the first token with ``step_text`` in it, or after
+    ``step_tokens`` (unless its thought may not be longer: it then runs to its end); the next step's ``prefix_ids`` are the tokens
+    of its ``prefix``, exactly as they were sampled.
     """
 
     problem: Problem
@@ -273,12 +274,12 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Work: score these branches with the run's reward model. The reply's ``scores`` are in the order given."""
+    """Work: score these branches with the run's reward model. The reply's ``scores`` are in the order given. ``texts``: what to
+    score of each, where that is not its own completion's text (a step of a search, with all before it)."""
 
     branches: tuple[Branch, ...]
     why: str = ""
     texts: tuple[str, ...] = ()
-    """What to score of each branch, where that is not its own completion's text (a step of a search with all before it)."""
 
 
 class Probing(NamedTuple):

@@ -121,6 +121,9 @@ class FakeEngine:
     def room_tokens(self) -> int:
         return self.close_tokens + self.answer_room
 
+    def check_steps(self, text: str) -> None:
+        """A step may end behind any text; in truth only ``step_tokens`` ends one."""
+
     def check_control(self, control: Control) -> None:
         """Every control can be followed."""
 
@@ -143,7 +146,9 @@ class FakeEngine:
             triggers=[[WORD] * len(text.split()) for text in control.triggers], at=list(control.at), relative=control.relative,
             at_end=control.at_end, min_thinking=control.min_thinking, loop_repeats=control.loop_repeats, seed=request.seed,
         )  # fmt: skip
-        self._live[ticket] = _Live(request, self.writer(request, issued), course)
+        course.opened = CLOSE not in request.prefix_ids
+        thought = request.prefix_ids.count(THOUGHT)
+        self._live[ticket] = _Live(request, self.writer(request, issued), course, thought=thought)
         self.peak = max(self.peak, len(self._live))
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
@@ -195,7 +200,9 @@ class FakeEngine:
             course.output.append(THOUGHT)
             live.thought += 1
         written = live.answered >= live.script.answer_tokens
-        if written or live.output >= course.due + self.room_tokens:
+        if live.output == live.request.step_tokens < live.request.thinking_tokens and not written:
+            report.finished.append((ticket, self._end(ticket, "length", partial=True)))
+        elif written or live.output >= course.due + self.room_tokens:
             report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))
         else:
             report.progress[ticket] = Progress(live.output, live.reads)
@@ -211,19 +218,24 @@ class FakeEngine:
         self._counts["prompt_tokens"] += prompt
         report.probes.append(Probed(ticket, live.output, f"thinking</think>{live.script.answer}"))
 
-    def _end(self, ticket: int, finish: Literal["stop", "length", "abort", "error"]) -> Completion:
+    def _end(
+        self, ticket: int, finish: Literal["stop", "length", "abort", "error"], *, partial: bool = False
+    ) -> Completion:
         live = self._live.pop(ticket)
         rng = random.Random(live.request.seed)
+        thinks = not live.course.thought_closed() or partial or finish in ("abort", "error")
         text = (
-            "thinking"
-            if not live.course.thought_closed() or finish in ("abort", "error")
+            f"<{live.request.index}>"
+            if partial
+            else "thinking"
+            if thinks
             else f"thinking</think>{live.script.answer}"
         )
         return Completion(
             text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
             generated_tokens=live.output - live.course.forced, forced_tokens=live.course.forced, weight_reads=live.reads,
             closed=live.course.closed_by_force, triggers=live.course.begun, token_ids=tuple(live.course.output),
-            forks=tuple(live.forks), probe_tokens=sum(fork.output_tokens for fork in live.forks),
+            partial=partial, forks=tuple(live.forks), probe_tokens=sum(fork.output_tokens for fork in live.forks),
             mean_logprob=-rng.random() if live.request.signals else None,
             self_certainty=rng.random() if live.request.signals else None,
             error="the fake engine was told to fail" if finish == "error" else "",

@@ -217,7 +217,7 @@ class VLLMEngine:
             **self._steering(request.control),
         )
         try:
-            if request.step_text:
+            if request.step_text and request.step_tokens < request.thinking_tokens:
                 control.step = self._step_ids(request.step_text)
             params = self._params(request, instructions(control))
             self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
@@ -257,6 +257,11 @@ class VLLMEngine:
                 " name it with --think-close, or use a policy that does not steer"
             )
         self._steering(control)
+
+    def check_steps(self, text: str) -> None:
+        """Raise InputError for a delimiter of steps that no token of this model has in it ("": none)."""
+        if text:
+            self._step_ids(text)
 
     def _step_ids(self, text: str) -> list[int]:
         """Every token with ``text`` in it: behind any of them a step ends. Raises InputError if there is none."""
