@@ -33,8 +33,8 @@ class Chain:
 
 @dataclass(slots=True)
 class Walk:
-    """Grows chains of one problem. ``text`` ("": none) or ``tokens`` end a step; a chain of ``most`` steps runs to its end. ``issued``
-    numbers the requests."""
+    """Grows chains of one problem. ``text`` ("": none) or ``tokens`` end a step; a chain of ``most`` steps runs to its end.
+    ``issued`` numbers the requests."""
 
     problem: Problem
     brief: Brief
