@@ -65,7 +65,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What is installed, which engine can start, and a self-test that caps are honoured."""
-    checks = [*_packages(), _plugin(), *_machine()]
+    checks = [*_packages(), _plugin(), _sparse_plugin(), *_machine()]
     checks += _self_test(model)
     failed = any(check.ok is False for check in checks)
     if as_json:
@@ -121,6 +121,26 @@ def _plugin() -> Check:
         False,
         "vLLM will not find ttc's logits processor: install the package (pip install -e .), a path is not enough",
     )
+
+
+def _sparse_plugin() -> Check:
+    from ttc.attention import plugin
+    from ttc.attention.compiled import selector
+
+    if importlib.util.find_spec("vllm") is None:
+        return Check("sparse decoding", None, "needs vLLM")
+    if not plugin.installed():
+        return Check(
+            "sparse decoding",
+            False,
+            "vLLM will not find ttc's attention plugin: install the package (pip install -e .)",
+        )
+    if not plugin.active():
+        return Check(
+            "sparse decoding", None, "off: vLLM's attention backend here is not one that the plugin extends"
+        )
+    how = "in C++" if selector() is not None else "in torch, which is slower: no C++ compiler here"
+    return Check("sparse decoding", True, f"vLLM's attention is ours to extend; pages are chosen {how}")
 
 
 def _machine() -> list[Check]:

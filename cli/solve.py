@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ttc.api import Run
     from ttc.types import Problem, Result
 
+SPARSE_PAGE = 32
+"""Tokens of a KV page under --kv-budget: vLLM's own on CPU, 128, leaves a small budget no choice."""
+
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id.")
 ]
@@ -64,8 +67,9 @@ def solve(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens (0: all).")] = None,
     max_thinking: Annotated[int | None, typer.Option(help="Tokens after which a thought is made to close.")] = None,
     effort: Annotated[float | None, typer.Option(help="Relative effort in (0, 1], for models trained for it.")] = None,
-    kv_budget: Annotated[int | None, typer.Option(help="KV tokens read per decoded token (sparse attention).")] = None,
-    kv_method: Annotated[str | None, typer.Option(help="Sparse attention method.")] = None,
+    kv_budget: Annotated[int | None, typer.Option(help="KV tokens that a decoded token reads (all if not given).")] = None,
+    kv_method: Annotated[str | None, typer.Option(help="block-topk, quest, streaming, power or oracle-topk.")] = None,
+    kv_page: Annotated[int | None, typer.Option(help="Tokens of a KV page: what is chosen or not (32 with --kv-budget).")] = None,
     think_close: Annotated[str | None, typer.Option(help="What ends a thought, if the model's files don't tell.")] = None,
     verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
@@ -107,6 +111,8 @@ def solve(
     else:
         model = model or DEFAULT_MODEL
         options |= {"context": context, "think_close": think_close}
+        page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
+        options |= {} if page is None else {"kv_page": page}
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 

@@ -75,6 +75,8 @@ METHODS: Mapping[str, SparseMethod] = MappingProxyType(
             SparseMethod("streaming"),
             SparseMethod("power"),  # static blocks at distances 2^i (PowerAttention)
             SparseMethod("block", summaries=1),  # mean key per page, Kinetics eq. (9)
+            SparseMethod("block-topk", summaries=1),  # the same under the plugin's name
+            SparseMethod("oracle-topk"),
             SparseMethod("mean", summaries=1),
             SparseMethod("meanmax", summaries=2),
             SparseMethod("quest", summaries=2),  # channel-wise minimum and maximum per page
@@ -250,6 +252,12 @@ def _decode(
         flops = flops + shape.pair_flops_per_layer * pairs
         reads = reads + shape.kv_elements_per_layer * pairs
     return flops, reads
+
+
+def kv_reads(prompt_tokens: float, generated_tokens: float, kv_budget: int | None = None) -> float:
+    """KV tokens that one chain reads in each layer while it decodes: the context of every step after the first token, at most the
+    budget of each."""
+    return float(_sum_min(prompt_tokens, max(0, generated_tokens - 1), kv_budget, min, max))
 
 
 def _prefill(

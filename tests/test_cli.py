@@ -84,7 +84,7 @@ def test_help_models_and_version_need_no_engine() -> None:
 
 SPENT = {
     "tokens", "tokens_generated", "tokens_forced", "tokens_probe", "tokens_judge", "tokens_prompt", "eflops", "eflops_kinetics",
-    "flops", "bytes", "seconds", "dollars",
+    "flops", "bytes", "kv_tokens", "seconds", "dollars",
 }  # fmt: skip
 
 

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
 from ttc.driver import Driver
-from ttc.engine.protocol import Engine
+from ttc.engine.protocol import Engine, EngineInfo
 from ttc.errors import InputError
 from ttc.jobs import Policy, RewardModel, Status
 from ttc.judge import Jury
@@ -102,10 +103,7 @@ class Settings:
             raise InputError(f"top-p: {self.top_p:g} is not in (0, 1]")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise InputError(f"max-thinking: {self.max_thinking_tokens} tokens is no thought; give 1 or more")
-        if self.kv_budget is not None or self.kv_method is not None:
-            raise InputError(
-                "kv-budget: sparse decoding is not in this version; leave --kv-budget and --kv-method out"
-            )
+        KvSetting.asked(self.kv_budget, self.kv_method)
 
 
 class Run:
@@ -131,8 +129,9 @@ class Run:
         self.skipped_rows = tuple(skipped_rows)
         self.sampling = _sampling(engine.info.sampling, settings)
         info = engine.info
+        self.kv = _kv(settings, info)
         pricer = Pricer(
-            info.shape, info.concurrency, info.steerable,
+            info.shape, info.concurrency, info.steerable, kv_page=info.kv_page,
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
@@ -142,6 +141,8 @@ class Run:
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
             sampling=self.sampling,
             effort=settings.effort,
+            kv_budget=self.kv.budget if self.kv is not None else None,
+            kv_method=self.kv.method if self.kv is not None else None,
             room_tokens=engine.room_tokens,
         )
         self.jury = Jury(info.format)
@@ -167,8 +168,11 @@ class Run:
 
     @property
     def notices(self) -> list[str]:
-        """Words about what was found on resuming (a torn line that was dropped)."""
-        return self.ledger.notices
+        """Words about what was found on resuming (a torn line that was dropped), and about decoding that stays dense."""
+        found = list(self.ledger.notices)
+        if self.settings.kv_budget is not None and self.kv is None and self.settings.kv_method != "dense":
+            found.append(f"kv-budget: decoding stays dense; {self.engine.info.kv_reason}")
+        return found
 
     def results(self) -> Iterator[Result]:
         """Each problem's result as it finishes. Closes the ledger at the end, whatever the end."""
@@ -227,6 +231,22 @@ class Run:
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def _kv(settings: Settings, info: EngineInfo) -> KvSetting | None:
+    """How branches read the KV cache (None: all of it). Raises InputError for a budget under one of the engine's pages, and for an
+    engine whose decoding can't be set from here; a model that can't decode sparsely stays dense."""
+    kv = KvSetting.asked(settings.kv_budget, settings.kv_method)
+    if kv is None:
+        return None
+    if info.kv_page is None and not info.kv_reason:
+        raise InputError(
+            f"kv-budget: how the {info.name} engine decodes can't be set from here; use --engine vllm, or leave it out"
+        )
+    if info.kv_page is None:
+        return None
+    kv.check_page(info.kv_page)
+    return kv
 
 
 def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_reward: bool) -> None:

@@ -7,11 +7,11 @@ one (its concurrency), and the bound uses the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ttc.budget import Unit
-from ttc.costmodel import KINETICS_INTENSITY, Cost, ModelShape, full, kinetics
+from ttc.costmodel import KINETICS_INTENSITY, Cost, ModelShape, full, kinetics, kv_reads
 from ttc.errors import InputError
 from ttc.types import Charge, Completion, Request
 
@@ -25,7 +25,7 @@ class Kinetics(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pricer:
-    """``intensity`` in FLOP/byte; dollar prices per million tokens,."""
+    """``intensity`` in FLOP/byte; dollar prices per million tokens; ``kv_page`` the engine's tokens of a KV page."""
 
     shape: ModelShape | None
     concurrency: int
@@ -33,6 +33,7 @@ class Pricer:
     intensity: float = KINETICS_INTENSITY
     usd_per_m_input: float | None = None
     usd_per_m_output: float | None = None
+    kv_page: int | None = None
 
     def check(self, unit: Unit) -> None:
         """Raise InputError if this unit can't be charged on this engine."""
@@ -55,6 +56,8 @@ class Pricer:
         tokens = completion.output_tokens + (0 if completion.forks else completion.probe_tokens)
         prompt = completion.prompt_tokens + sum(fork.prompt_tokens for fork in completion.forks)
         flops = moved = eflops = own = 0.0
+        # Where the engine counted what sparse decoding skipped, all is priced as dense, less that.
+        told = request if completion.kv_skipped is None else replace(request, kv_budget=None, kv_method=None)
         if self.shape is not None and tokens:
             cost = full(
                 self.shape,
@@ -62,15 +65,19 @@ class Pricer:
                 cached_prompt_tokens=completion.cached_tokens,
                 generated_tokens=tokens,
                 weight_reads=self._reads(tokens, completion.weight_reads),
-                kv_budget=request.kv_budget,
-                method=request.kv_method,
+                **self._sparse(told),
             )
+            cost -= self._skipped(completion.kv_skipped or 0.0, completion.kv_scored)
             flops, moved, eflops = float(cost.flops), float(cost.bytes), float(cost.eflops(self.intensity))
             own = self.kinetics(request, completion).own
         for fork in completion.forks if self.shape is not None else ():
-            cost = self._fork(request, *fork)
+            cost = self._fork(told, *fork)
             flops, moved = flops + float(cost.flops), moved + float(cost.bytes)
             eflops += float(cost.eflops(self.intensity))
+        read = kv_reads(completion.prompt_tokens, tokens, told.kv_budget)
+        read += sum(
+            kv_reads(fork.prompt_tokens, fork.output_tokens, told.kv_budget) for fork in completion.forks
+        )
         return Charge(
             tokens_generated=completion.generated_tokens,
             tokens_forced=completion.forced_tokens,
@@ -82,7 +89,22 @@ class Pricer:
             eflops_kinetics=own,
             seconds=seconds,
             dollars=self._dollars(prompt, completion.output_tokens + completion.probe_tokens),
+            kv_tokens=read - (completion.kv_skipped or 0.0),
         )
+
+    def _sparse(self, request: Request) -> dict[str, Any]:
+        if request.kv_budget is None:
+            return {}
+        return {"kv_budget": request.kv_budget, "method": request.kv_method, "kv_block": self.kv_page}
+
+    def _skipped(self, tokens: float, scored: float) -> Cost:
+        """What ``tokens`` unread KV tokens save in the layers without a window, less the scoring of ``scored`` page vectors."""
+        if self.shape is None or not (tokens or scored):
+            return Cost(0.0, 0.0)
+        shape, layers = self.shape, sum(n for n, window in self.shape.attention if window is None)
+        flops = tokens * shape.pair_flops_per_layer - scored * shape.key_pair_flops_per_layer
+        elements = tokens * shape.kv_elements_per_layer - scored * shape.key_elements_per_layer
+        return Cost(layers * flops, layers * elements * shape.kv_bytes_per_element)
 
     def _fork(self, request: Request, prompt: int, cached: int, tokens: int, reads: float | None) -> Cost:
         assert self.shape is not None
@@ -92,8 +114,7 @@ class Pricer:
             cached_prompt_tokens=cached,
             generated_tokens=tokens,
             weight_reads=self._reads(tokens, reads),
-            kv_budget=request.kv_budget,
-            method=request.kv_method,
+            **self._sparse(request),
         )
 
     def most_fork(self, unit: Unit, request: Request, prompt: int, prefill: int, tokens: int) -> float:
@@ -119,8 +140,7 @@ class Pricer:
                 prompt_tokens=completion.prompt_tokens,
                 generated_tokens=completion.output_tokens,
                 samples=n,
-                kv_budget=request.kv_budget,
-                method=request.kv_method,
+                **self._sparse(request),
             ).eflops(self.intensity)
             for n in (1, 2)
         )
@@ -153,8 +173,7 @@ class Pricer:
                     cached_prompt_tokens=cached,
                     generated_tokens=tokens,
                     weight_reads=worst,
-                    kv_budget=request.kv_budget,
-                    method=request.kv_method,
+                    **self._sparse(request),
                 ).eflops(self.intensity)
             )
             for cached in (0, max(prompt - 1, 0))

@@ -36,6 +36,7 @@ def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
         "eflops_kinetics": charge.eflops_kinetics,
         "flops": charge.flops,
         "bytes": charge.bytes,
+        "kv_tokens": charge.kv_tokens,
         "seconds": seconds,
         "dollars": charge.dollars,
     }

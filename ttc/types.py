@@ -168,7 +168,8 @@ class Completion:
     own). ``partial``: it only paused at the end of a step.
     ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in
     that step), None where the engine can't see its batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None
-    unless the request asked for them.
+    unless the request asked for them. ``kv_skipped`` are the KV tokens that sparse decoding left unread and ``kv_scored`` the page
+    vectors that it scored to choose (sums over steps, forks included, of means over layers and KV heads; None: not measured).
     """
 
     text: str
@@ -187,6 +188,8 @@ class Completion:
     triggers: int = 0
     partial: bool = False
     forks: tuple[Fork, ...] = ()
+    kv_skipped: float | None = None
+    kv_scored: float = 0.0
 
     @property
     def output_tokens(self) -> int:
@@ -196,7 +199,8 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Charge:
     """What a piece of work cost. Tokens by kind; FLOPs, bytes and eFLOPs by the ``full`` convention, and eFLOPs by ``kinetics``
-    (DESIGN section 5); wall seconds of the branch; dollars where a price was given. Charges add."""
+    (DESIGN section 5); wall seconds of the branch; dollars where a price was given; ``kv_tokens`` read by decoding (the context
+    of each step, less what sparse attention skipped; mean over layers and KV heads). Charges add."""
 
     tokens_generated: int = 0
     tokens_forced: int = 0
@@ -209,6 +213,7 @@ class Charge:
     eflops_kinetics: float = 0.0
     seconds: float = 0.0
     dollars: float = 0.0
+    kv_tokens: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -221,7 +226,7 @@ class Charge:
             self.tokens_probe + other.tokens_probe, self.tokens_judge + other.tokens_judge,
             self.tokens_prompt + other.tokens_prompt, self.flops + other.flops, self.bytes + other.bytes,
             self.eflops + other.eflops, self.eflops_kinetics + other.eflops_kinetics, self.seconds + other.seconds,
-            self.dollars + other.dollars,
+            self.dollars + other.dollars, self.kv_tokens + other.kv_tokens,
         )  # fmt: skip
 
 

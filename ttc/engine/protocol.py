@@ -24,7 +24,8 @@ class EngineInfo:
     whether ``steer`` acts within one step; ``shape`` is None where the model's config is unknown (a remote server), and
     FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine
     can't probe; one that can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the
-    branch that may have to compute again (None: it takes none). ``identity`` names model and versions for run.json, which a
+    branch that may have to compute again (None: it takes none). ``kv_page`` is the tokens of a KV page where branches can decode
+    sparsely; None: they can't, and ``kv_reason`` says why. ``identity`` names model and versions for run.json, which a
     resumed run must match.
     """
 
@@ -41,6 +42,8 @@ class EngineInfo:
     signals: tuple[str, ...] = ()
     probe_tokens: int | None = None
     probe_prefill: int | None = None
+    kv_page: int | None = None
+    kv_reason: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -18,6 +18,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal
 
+from ttc.attention.settings import KvSetting
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.errors import EngineError, InputError
@@ -60,6 +61,7 @@ class _Running:
     forks: list[Fork] = field(default_factory=list)
     parent: int = 0  # of a fork: the branch it was made from, and where
     at: int = 0
+    kv: KvSetting | None = None
 
 
 class VLLMEngine:
@@ -67,8 +69,8 @@ class VLLMEngine:
 
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
     ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
-    thought, where the model's own files don't tell. Raises InputError for a model that can't be found and EngineError if vLLM
-    is missing or does not start.
+    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own).
+    Raises InputError for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class VLLMEngine:
         dtype: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
         think_close: str | None = None,
+        kv_page: int | None = None,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
@@ -88,7 +91,8 @@ class VLLMEngine:
             self.files = _with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
         self._stats = _Stats()
-        self._llm = self._start(concurrency, context, dtype, engine_args or {})
+        paged = {} if kv_page is None else {"block_size": self._checked_page(kv_page)}
+        self._llm = self._start(concurrency, context, dtype, paged | dict(engine_args or {}))
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
         # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
@@ -100,6 +104,8 @@ class VLLMEngine:
         self._close_ids = self._ids(self.files.format.close_text)
         self._lead_ids = self._ids(self.files.format.lead_text)
         self._end_ids = self._ids(self.files.format.think_close)
+        page = int(self._llm.vllm_config.cache_config.block_size)
+        dense = self._why_dense()
         self._info = EngineInfo(
             name="vllm",
             model=self.files.name,
@@ -112,8 +118,11 @@ class VLLMEngine:
             thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty") if self._in_process else (),
             probe_tokens=self.room_tokens if self._end_ids else None,
-            probe_prefill=int(self._llm.vllm_config.cache_config.block_size),
+            probe_prefill=page,
+            kv_page=page if not dense else None,
+            kv_reason=dense,
             identity={
+                **({} if kv_page is None else {"kv_page": str(kv_page)}),
                 **self.files.identity,
                 "vllm": _vllm_version(),
                 "dtype": str(config.dtype).removeprefix("torch."),
@@ -126,6 +135,27 @@ class VLLMEngine:
         self._forked = 0
 
     # -- start-up ---------------------------------------------------------------------------------------------------------
+    def _checked_page(self, page: int) -> int:
+        step = 32 if self._vllm.platforms.current_platform.is_cpu() else 16
+        if page < step or page % step:
+            raise InputError(f"kv-page: {page} tokens; this backend's pages are multiples of {step}")
+        return page
+
+    def _why_dense(self) -> str:
+        """Why this engine can't decode sparsely ("" : it can). Worker processes can't be asked: there it is taken to."""
+        from ttc.attention import plugin, rows
+
+        if not plugin.installed():
+            return (
+                "ttc's attention plugin is not installed for vLLM (pip install the package; see ttc doctor)"
+            )
+        served = rows.batch_of(self._llm.vllm_config).served
+        if not self._in_process:
+            return ""
+        if not served:
+            return "vLLM's attention backend here is not one that ttc's plugin extends"
+        return "" if "" in served.values() else f"{self.files.name}: {next(iter(served.values()))}"
+
     def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
         on_cpu = self._vllm.platforms.current_platform.is_cpu()
         limit = self.files.context
@@ -219,17 +249,31 @@ class VLLMEngine:
         try:
             if request.step_text and request.step_tokens < request.thinking_tokens:
                 control.step = self._step_ids(request.step_text)
-            params = self._params(request, instructions(control))
-            self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
+            kv = self._kv(request)
+            self._add(ticket, ids, self._params(request, instructions(control) | _kv_args(kv, control)), kv)
         except ValueError as error:  # vLLM's own validation of this one request, or ours
             self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
             return
         if self._in_process:
             CONTROLS[control.key or 0] = control
         self._stats.requests += 1
-        self._running[ticket] = _Running(control, ids, step_tokens=request.step_tokens)
+        self._running[ticket] = _Running(control, ids, step_tokens=request.step_tokens, kv=kv)
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
+
+    def _kv(self, request: Request) -> KvSetting | None:
+        """How a request reads the KV cache (None: all of it). Raises InputError for a budget under a page."""
+        kv = KvSetting.asked(request.kv_budget, request.kv_method)
+        if kv is None or self._info.kv_page is None:
+            return None
+        kv.check_page(self._info.kv_page)
+        return kv
+
+    def _add(self, ticket: int, ids: list[int], params: Any, kv: KvSetting | None) -> None:
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if kv is not None:  # what was written under one setting is never read under another
+            prompt["cache_salt"] = kv.salt
+        self._llm.add_request(str(ticket), prompt, params)
 
     def _steering(self, control: Steering | None) -> dict[str, Any]:
         """A request's control in ids. Raises InputError for a trigger that this tokenizer makes nothing of."""
@@ -402,8 +446,8 @@ class VLLMEngine:
         written = list(running.control.output)
         ids = running.context + written
         control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
-        params = self._sampling_params(Sampling(0.0), 0, self.room_tokens, instructions(control))
-        self._llm.add_request(str(ticket), {"prompt_token_ids": ids}, params)
+        extra = instructions(control) | _kv_args(running.kv, running.control)
+        self._add(ticket, ids, self._sampling_params(Sampling(0.0), 0, self.room_tokens, extra), running.kv)
         if self._in_process:
             CONTROLS[control.key or 0] = control
         running.fork = ticket
@@ -447,6 +491,7 @@ class VLLMEngine:
             self._end_fork(running)
         control = running.control
         CONTROLS.pop(control.key or 0, None)
+        skipped, scored = self._kv_counts(running)
         mean_logprob, self_certainty = confidence(control)
         if not self._in_process:
             control.output = running.ids
@@ -465,10 +510,21 @@ class VLLMEngine:
             partial=running.partial,
             probe_tokens=sum(fork.output_tokens for fork in running.forks),
             forks=tuple(running.forks),
+            kv_skipped=skipped,
+            kv_scored=scored,
             weight_reads=running.reads,
             mean_logprob=mean_logprob,
             self_certainty=self_certainty,
         )
+
+    def _kv_counts(self, running: _Running) -> tuple[float | None, float]:
+        """KV tokens skipped and page vectors scored; None where they were not counted (dense, or in another process)."""
+        if running.kv is None:
+            return None, 0.0
+        from ttc.attention.rows import COUNTS
+
+        skipped, scored = COUNTS.pop(running.control.key or 0, (0.0, 0.0))
+        return (skipped if self._in_process else None), scored
 
     def _text(self, ids: Sequence[int]) -> str:
         """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
@@ -557,6 +613,16 @@ def _with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:
         )
     form = replace(files.format, think_close=think_close, close_text=think_close)
     return replace(files, format=form)
+
+
+def _kv_args(kv: KvSetting | None, control: Control) -> dict[str, Any]:
+    """What tells the attention plugin of a request; opens its counter."""
+    if kv is None:
+        return {}
+    from ttc.attention.rows import COUNTS
+
+    COUNTS.setdefault(control.key or 0, [0.0, 0.0])
+    return kv.extra_args(control.key)
 
 
 def _contains(ids: Sequence[int], wanted: Sequence[int]) -> bool:
