@@ -1,7 +1,8 @@
 """``adaptive``: buys a branch at a time while it is worth its price, counts late ones early, gives up where votes scatter.
 
-What it knows of a problem is (votes of the leader, of the runner-up, branches drawn); ``posterior`` turns that into the highest
-price at which another branch is worth buying. Where the engine gives anytime answers,
+What it knows of a problem is (votes of the leader, of the runner-up, all votes) and how long its branches are; ``posterior`` turns
+that into the highest price at which another vote is worth buying. A vote costs what a branch took so far, over the limit on
+thinking, and more where many branches brought no vote. Where the engine gives anytime answers,
 - a branch that repeats the leader in ``agree`` successive probes counts as a vote for it and is cut (``agree_other`` for another
   answer that has votes). It is probed from ``after`` of the first finished branch's length on: before that even an agreeing answer
   is often a guess that many branches share.
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import log
 
 from ttc.errors import InputError
-from ttc.policies.posterior import HORIZON, value_table
+from ttc.policies.posterior import HORIZON, Prior, outlook, value_table
 from ttc.types import Branch, Brief, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
 
 RUN_FLOOR = 16
@@ -24,15 +26,18 @@ RUN_FLOOR = 16
 
 @dataclass(slots=True)
 class Ballot:
-    """What is known of one problem. ``streaks``: (answer, how often in a row) of each running branch; ``lengths`` tokens seen."""
+    """What is known of one problem. ``streaks``: (answer, how often in a row) of each running branch; ``lengths`` tokens seen;
+    ``unheard`` anytime answers of branches that were dropped, for want of any vote."""
 
     votes: dict[str, int] = field(default_factory=dict)
+    unheard: dict[str, int] = field(default_factory=dict)
     drawn: int = 0
     streaks: dict[int, tuple[str | None, int]] = field(default_factory=dict)
     counted: set[int] = field(default_factory=set)
     lengths: dict[int, int] = field(default_factory=dict)
     first_length: int = 0
     denied: bool = False
+    voters: set[int] = field(default_factory=set)
 
     def add(self, index: int, vote: str | None, tokens: int) -> None:
         self.drawn += 1
@@ -40,30 +45,38 @@ class Ballot:
         self.lengths[index] = max(tokens, self.lengths.get(index, 0))
         if vote is not None:
             self.votes[vote] = self.votes.get(vote, 0) + 1
+            self.voters.add(index)
             self.first_length = self.first_length or tokens
 
     @property
     def leader(self) -> str | None:
         """The most votes; among equals the first that was heard (short branches are right more often)."""
-        return max(self.votes, key=lambda answer: self.votes[answer]) if self.votes else None
+        votes = self.votes or self.unheard
+        return max(votes, key=lambda answer: votes[answer]) if votes else None
 
     def top(self) -> tuple[int, int]:
         ranked = [*sorted(self.votes.values(), reverse=True), 0, 0]
         return ranked[0], ranked[1]
 
-    @property
-    def mean_length(self) -> float:
-        return max(sum(self.lengths.values()) / len(self.lengths), 1.0) if self.lengths else 1.0
+    def share(self, index: int, limit: int) -> float:
+        """A counted branch's length over the limit on thinking."""
+        return min(max(self.lengths[index], 1) / limit, 1.0)
+
+    def cost(self, limit: int) -> float:
+        """What the next vote may take, over the limit on thinking: the mean branch, more where few of them voted."""
+        mean = sum(self.share(i, limit) for i in self.counted) / max(self.drawn, 1)
+        return mean * (self.drawn + 1) / (len(self.voters) + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """See the module. ``price`` is what a branch must add to P(right); ``confidence`` stops earlier, once the leader is the most
-    frequent answer with that probability; ``width`` branches start side by side (latency for tokens). ``mean`` and ``spread``
-    are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set by hand, on both AIME pools."""
+    """See the module. ``price`` is what as many tokens as the limit on thinking must add to P(right); ``confidence`` stops earlier,
+    once the leader is the most frequent answer with that probability; ``width`` branches start side by side (latency for tokens).
+    ``level``, ``slope`` and ``spread`` are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set
+    by hand, on both AIME pools."""
 
     max_samples: int = 16
-    price: float = 0.014
+    price: float = 0.05
     confidence: float = 1.0
     width: int = 1
     agree: int = 2
@@ -71,8 +84,9 @@ class Adaptive:
     after: float = 0.85
     patience: float = 0.67
     probe_every: int = 500
-    mean: float = 0.08
-    spread: float = 2.2
+    level: float = -2.0
+    slope: float = -4.1
+    spread: float = 1.2
     name = "adaptive"
 
     def __post_init__(self) -> None:
@@ -88,7 +102,6 @@ class Adaptive:
             raise InputError(f"policy: agree={self.agree}, probe_every={self.probe_every}; give 1 or more")
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
-        table = value_table(self.mean, self.spread, min(max(self.max_samples, 2), HORIZON))
         price = self.price if brief.budget_scope == "problem" else self.price / RUN_FLOOR
         late = int(self.patience * brief.max_thinking_tokens)
         ballot, issued = Ballot(), 0
@@ -103,11 +116,10 @@ class Adaptive:
             had = bool(ballot.votes)
             cut = self._absorb(ballot, reply, late)
             first, second = ballot.top()
-            worth = table.price(first, second, ballot.drawn) if ballot.drawn else float("inf")
-            sure = table.sure(first, second, ballot.drawn)
+            worth, sure = self._worth(ballot, brief.max_thinking_tokens)
             running = reply.running - len(cut)
-            if ballot.votes and (worth < price or sure >= self.confidence):
-                why = f"another branch adds at most {worth:.4f} to P(right), below {price:g}"
+            if ballot.drawn and (worth < price or (ballot.votes and sure >= self.confidence)):
+                why = f"thinking to the limit adds at most {worth:.4f} to P(right), below {price:g}"
                 return self._outcome(ballot, "confident" if sure >= 0.8 else "gave-up", why)
             if ballot.denied and running <= 0:
                 return self._outcome(ballot, "samples", "the budget")
@@ -116,10 +128,24 @@ class Adaptive:
                 return self._outcome(ballot, "samples", "as many as allowed")
             start = (self._request(problem, brief, issued, self._probe_from(ballot, late)),) if more else ()
             probe = self._probings(ballot, issued, late) if ballot.votes and not had else ()
-            why = f"votes {first}:{second} of {ballot.drawn}; a branch is worth {worth:.3g}"
+            why = f"votes {first}:{second} of {ballot.drawn}; more is worth {worth:.3g}"
             if not start:
                 why = "it repeats an answer that has votes, or has run too long"
-            work = Steer(start, cancel=cut, probe=probe, why=why, value=min(worth, 1.0) / ballot.mean_length)
+            work = Steer(start, cancel=cut, probe=probe, why=why, value=worth / brief.max_thinking_tokens)
+
+    def _worth(self, ballot: Ballot, limit: int) -> tuple[float, float]:
+        """What the next vote may add to P(right) for each ``limit`` tokens, and P(the leader is the most frequent answer)."""
+        if not ballot.drawn:
+            return float("inf"), 0.0
+        lengths = tuple(sorted(round(log(ballot.share(i, limit)), 1) for i in ballot.voters))
+        late = ballot.drawn - len(lengths)
+        table = value_table(*outlook(self._prior, lengths, late, round(log(self.patience), 2)))
+        (first, second), votes = ballot.top(), len(lengths)
+        return table.price(first, second, votes) / ballot.cost(limit), table.sure(first, second, votes)
+
+    @property
+    def _prior(self) -> Prior:
+        return Prior(self.level, self.slope, self.spread)
 
     def _request(self, problem: Problem, brief: Brief, index: int, start: int) -> Request:
         every = self.probe_every if brief.probe_tokens is not None else 0
@@ -164,6 +190,8 @@ class Adaptive:
             voted = vote is not None and vote in ballot.votes
             need = self.agree if vote == ballot.leader else self.agree_other
             if (voted and times >= need) or tokens >= late:
+                if vote is not None and not voted:
+                    ballot.unheard[vote] = ballot.unheard.get(vote, 0) + 1
                 ballot.add(index, vote if voted else None, tokens)
                 yield index
 

@@ -1,15 +1,17 @@
 """What one more vote is worth: a prior over how a model's answers to a problem scatter, and the value of sampling under it.
 
-Prior: the answers of a problem are draws from a stick-breaking distribution with concentration alpha (p_1 = b_1,
-p_2 = (1 - b_1) b_2, …, b_k ~ Beta(1, alpha): Ewens 1972, Sethuraman 1994); ln alpha ~ Normal(mean, spread) over problems.
-Small alpha: one answer dominates; large: every branch says something else. Two numbers, learnt from any pool (``fit``), and the
-posterior is exchangeable: all that the votes say is in (votes of the leader, of the runner-up, branches drawn).
+Prior: the logit of the most frequent answer's share among all that the model would give is Normal(level + slope · x, spread) over
+problems, x = ln(typical branch / limit on thinking): problems over which a model thinks long scatter. x itself is learnt from the
+branches at hand (``outlook``: ln length ~ Normal(x, ``WITHIN``); a branch that was dropped late says only that it is longer). One
+problem in ten is as if length said nothing (``STRAY``): a model whose lengths mean something else is found out by its votes. The
+other answers share the rest by stick-breaking (GEM: Sethuraman 1994) with concentration ``REST``. Three numbers are learnt from a
+pool (``fit``, maximum likelihood); given x, all that the votes say is in (votes of the leader, of the runner-up, all votes).
 
 Reward: 1 for answering with the most frequent answer, times the chance that this is right given its share p:
 1 / (1 + exp(-(p - HALF) / WIDTH)). A scattered problem is seldom right even when its mode is found, so that it is given up.
 
 Value: optimal stopping by backward induction over simulated draws. ``ValueTable.price(v1, v2, n)`` is the highest price that a
-branch may have, in P(right), at which drawing on is still worth it: an index in the sense of Gittins, comparable between problems.
+vote may have, in P(right), at which drawing on is still worth it: an index in the sense of Gittins, comparable between problems.
 """
 
 from __future__ import annotations
@@ -17,16 +19,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import exp, lgamma
+from math import erfc, log, sqrt
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-HALF, WIDTH = 0.47, 0.12
+HALF, WIDTH = 0.5, 0.12
 """The share at which the most frequent answer is right half of the time, and how fast that changes with the share."""
+REST = 4.3
+"""Concentration of the other answers: the largest of them has a third of what the first leaves."""
+WITHIN, COMMON, VARIED = 0.3, -1.13, 0.6
+"""Spread of ln length among a problem's branches; mean and spread of x over problems, before any branch is seen."""
+STRAY, STRAY_MEAN, STRAY_SPREAD = 0.1, 0.5, 2.0
 HORIZON = 24
 """Votes to which the table looks ahead; beyond it sampling stops."""
-_PRICES = np.exp(np.linspace(np.log(1e-4), np.log(0.5), 60))
-_PROBLEMS, _ANSWERS = 12_000, 48
+_PRICES = np.exp(np.linspace(np.log(1e-4), np.log(0.6), 60))
+_PROBLEMS, _ANSWERS, _SEEN = 16_000, 32, 8
+_X = np.linspace(-4.5, 0.5, 101)
+Floats = NDArray[np.float64]
+
+
+class Prior(NamedTuple):
+    """Of the logit of the most frequent answer's share: Normal(level + slope · ln(length / limit), spread)."""
+
+    level: float
+    slope: float
+    spread: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +56,8 @@ class ValueTable:
     modes: tuple[tuple[tuple[float, ...], ...], ...]
 
     def price(self, first: int, second: int, drawn: int) -> float:
-        """The highest price in P(right) at which another branch is worth buying; inf before the first vote."""
-        if drawn >= len(self.prices):
-            return 0.0
-        return float("inf") if first == 0 else self.prices[drawn][first][second]
+        """The highest price in P(right) at which another vote is worth buying."""
+        return 0.0 if drawn >= len(self.prices) else self.prices[drawn][first][second]
 
     def sure(self, first: int, second: int, drawn: int) -> float:
         """P(the leader is the problem's most frequent answer)."""
@@ -48,63 +65,119 @@ class ValueTable:
         return self.modes[drawn][min(first, drawn)][min(second, drawn)]
 
 
-@lru_cache(maxsize=16)
-def value_table(mean: float, spread: float, horizon: int = HORIZON) -> ValueTable:
-    """The table for ln alpha ~ Normal(mean, spread). Seeded: the same numbers everywhere; about a second."""
+class _Draws(NamedTuple):
+    """Simulated problems, evenly spread in the logit of their first share: ``logit`` and ``top`` share (problems,); after n votes
+    ``state`` [n] the row of (v1, v2) in ``keys`` [n], ``hit`` [n] whether the leader is the mode."""
+
+    logit: Floats
+    top: Floats
+    state: list[NDArray[np.int64]]
+    keys: list[NDArray[np.int64]]
+    hit: list[NDArray[np.bool_]]
+
+
+@lru_cache(maxsize=1)
+def _draws() -> _Draws:
     rng = np.random.default_rng(0)
-    alpha = np.exp(mean + spread * rng.standard_normal(_PROBLEMS))
-    broken = rng.beta(1.0, alpha[:, None], (_PROBLEMS, _ANSWERS))
+    logit = rng.uniform(-5.0, 8.0, _PROBLEMS)
+    first = 1 / (1 + np.exp(-logit))
+    broken = rng.beta(1.0, REST, (_PROBLEMS, _ANSWERS))
     broken[:, -1] = 1.0
     left = np.cumprod(np.concatenate([np.ones((_PROBLEMS, 1)), 1 - broken[:, :-1]], axis=1), axis=1)
-    shares = broken * left
-    ends, rows = np.cumsum(shares, axis=1), np.arange(_PROBLEMS)
-    mode, top = shares.argmax(axis=1), shares.max(axis=1)
-    worth = 1 / (1 + np.exp(-(top - HALF) / WIDTH))
-    counts = np.zeros((_PROBLEMS, _ANSWERS), dtype=np.int64)
-    since = np.full((_PROBLEMS, _ANSWERS), 999)
-    size, states, hits = horizon + 1, [np.zeros(_PROBLEMS, dtype=np.int64)], [np.zeros(_PROBLEMS, dtype=bool)]
-    for drawn in range(horizon):
-        answer = np.minimum((rng.random(_PROBLEMS)[:, None] > ends).sum(axis=1), _ANSWERS - 1)
+    shares = np.concatenate([first[:, None], (1 - first)[:, None] * broken * left], axis=1)
+    ends, rows, mode = np.cumsum(shares, axis=1), np.arange(_PROBLEMS), shares.argmax(axis=1)
+    counts = np.zeros((_PROBLEMS, _ANSWERS + 1), dtype=np.int64)
+    since = np.full((_PROBLEMS, _ANSWERS + 1), 999)
+    state, keys, hit = [np.zeros(_PROBLEMS, np.int64)], [np.zeros(1, np.int64)], [np.zeros(_PROBLEMS, bool)]
+    for drawn in range(HORIZON):
+        answer = np.minimum((rng.random(_PROBLEMS)[:, None] > ends).sum(axis=1), _ANSWERS)
         counts[rows, answer] += 1
         since[rows, answer] = np.minimum(since[rows, answer], drawn)
-        leading = (counts * 1000 - since).argmax(axis=1)
         ranked = np.partition(counts, -2, axis=1)
-        states.append(ranked[:, -1] * size + ranked[:, -2])
-        hits.append(leading == mode)
-    seen = [np.maximum(np.bincount(s, minlength=size * size), 1e-9) for s in states]
-    modes = [np.bincount(s, h, minlength=size * size) / c for s, h, c in zip(states, hits, seen, strict=True)]
-    stop = [
-        np.bincount(s, h * worth, minlength=size * size) / c
-        for s, h, c in zip(states, hits, seen, strict=True)
-    ]
-    prices = np.zeros((horizon, size * size))
-    for price in _PRICES:
-        value = stop[horizon][states[horizon]]
-        for n in range(horizon - 1, 0, -1):
-            on = np.bincount(states[n], value, minlength=size * size) / seen[n] - price
-            go = (on > stop[n]) & (seen[n] > 12)
-            prices[n][go] = price
-            value = np.where(go, on, stop[n])[states[n]]
+        key, row = np.unique(ranked[:, -1] * (HORIZON + 1) + ranked[:, -2], return_inverse=True)
+        state.append(row)
+        keys.append(key)
+        hit.append((counts * 1000 - since).argmax(axis=1) == mode)
+    return _Draws(logit, shares.max(axis=1), state, keys, hit)
+
+
+@lru_cache(maxsize=1024)
+def value_table(mean: float, spread: float) -> ValueTable:
+    """The table where the logit of the first share is Normal(mean, spread), but for one problem in ten. Seeded: the same numbers
+    everywhere; a few milliseconds, after a second for the first one."""
+    draws = _draws()
+
+    def normal(mu: float, sd: float) -> Floats:
+        return np.asarray(np.exp(-0.5 * ((draws.logit - mu) / sd) ** 2) / sd)
+
+    weight = (1 - STRAY) * normal(min(mean, 7.0), spread) + STRAY * normal(STRAY_MEAN, STRAY_SPREAD)
+    worth = weight / (1 + np.exp(-(draws.top - HALF) / WIDTH))
+    size = HORIZON + 1
+    seen, stop, modes = [], [], np.zeros((size, size * size))
+    for n in range(size):
+        state, count = draws.state[n], len(draws.keys[n])
+        total = np.maximum(np.bincount(state, weight, count), 1e-300)
+        seen.append(total)
+        stop.append(np.bincount(state, worth * draws.hit[n], count) / total)
+        modes[n, draws.keys[n]] = np.bincount(state, weight * draws.hit[n], count) / total
+    prices = np.zeros((HORIZON, size * size))
+    value = np.repeat(stop[HORIZON][None], len(_PRICES), axis=0)
+    for n in range(HORIZON - 1, -1, -1):
+        here, there = len(draws.keys[n]), len(draws.keys[n + 1])
+        pairs = draws.state[n] * there + draws.state[n + 1]
+        moves = np.bincount(pairs, weight, here * there).reshape(here, there) / seen[n][:, None]
+        on = value @ moves.T - _PRICES[:, None]
+        go = (on > stop[n]) & (np.bincount(draws.state[n], minlength=here) >= _SEEN)
+        prices[n, draws.keys[n]] = np.where(go, _PRICES[:, None], 0.0).max(axis=0)
+        value = np.where(go, on, stop[n])
     return ValueTable(
         tuple(tuple(tuple(row) for row in table.reshape(size, size).tolist()) for table in prices),
         tuple(tuple(tuple(row) for row in table.reshape(size, size).tolist()) for table in modes),
     )
 
 
-def concentration(distinct: int, drawn: int) -> float:
-    """ln alpha of one problem from the number of distinct answers in its draws: the maximum of alpha^k Gamma(alpha) /
-    Gamma(alpha + n) (Ewens) under a wide prior, Normal(-1, 3), that keeps it finite where all draws agree."""
-    grid = np.linspace(-6, 6, 1201)
-    score = [distinct * a + lgamma(exp(a)) - lgamma(exp(a) + drawn) - 0.5 * ((a + 1) / 3) ** 2 for a in grid]
-    return float(grid[int(np.argmax(score))])
+@lru_cache(maxsize=65536)
+def outlook(prior: Prior, lengths: tuple[float, ...], late: int, late_at: float) -> tuple[float, float]:
+    """Mean and spread of the logit of the first share, given ln(length / limit) of finished branches (in rising order) and that
+    ``late`` others were longer than exp(late_at) of the limit. On a grid of x, coarse enough to share tables."""
+    weight = -0.5 * ((_X - COMMON) / VARIED) ** 2
+    for length in lengths:
+        weight = weight - 0.5 * ((length - _X) / WITHIN) ** 2
+    if late:
+        weight = weight + late * np.log([max(erfc((late_at - x) / WITHIN / sqrt(2)) / 2, 1e-12) for x in _X])
+    share = np.exp(weight - weight.max())
+    share /= share.sum()
+    at = float(share @ _X)
+    variance = float(share @ (_X - at) ** 2)
+    spread = sqrt(prior.spread**2 + prior.slope**2 * variance)
+    return round(4 * (prior.level + prior.slope * at)) / 4, round(8 * spread) / 8
 
 
-def fit(finals: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """(mean, spread) of ln alpha over problems; one row of answer codes a problem, each -1 (no answer) a class of its own."""
-    logs = [
-        concentration(len({c for c in row if c >= 0}) + sum(c < 0 for c in row), len(row)) for row in finals
-    ]
-    return float(np.mean(logs)), float(np.std(logs))
+def fit(finals: Sequence[Sequence[int]], lengths: Sequence[float]) -> Prior:
+    """The prior of a pool by maximum likelihood: ``finals`` answer codes of each problem's branches (-1: none), ``lengths`` its
+    mean branch over the limit. The count of the most frequent answer is Binomial(branches, share), the share logit-normal about
+    a line in ln length (quadrature over the normal). A wide prior, slope Normal(-3, 3) and ln spread Normal(ln 1.2, 0.5), keeps
+    small pools finite."""
+    top = np.array([max((list(row).count(c) for c in set(row) if c >= 0), default=0) for row in finals])
+    drawn, x = np.array([len(row) for row in finals]), np.log(np.asarray(lengths, dtype=float))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(41)
+    weights = weights / weights.sum()
+    centre, reach = np.array([0.0, -3.0, log(1.2)]), np.array([8.0, 6.0, 1.2])
+    for _ in range(12):  # a grid that closes in on its best point
+        axes = [np.linspace(c - r, c + r, 7) for c, r in zip(centre, reach, strict=True)]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+        level, slope, spread = (
+            grid[:, 0, None, None],
+            grid[:, 1, None, None],
+            np.exp(grid[:, 2])[:, None, None],
+        )
+        logit = np.clip(level + slope * x[:, None] + spread * nodes, -25.0, 25.0)
+        exact = -top[:, None] * np.log1p(np.exp(-logit)) - (drawn - top)[:, None] * np.log1p(np.exp(logit))
+        most = exact.max(axis=2, keepdims=True)
+        likely = (most[..., 0] + np.log((np.exp(exact - most) * weights).sum(axis=2))).sum(axis=1)
+        wide = (((grid[:, 1] + 3) / 3) ** 2 + ((grid[:, 2] - log(1.2)) / 0.5) ** 2) / 2
+        centre, reach = grid[int(np.argmax(likely - wide))], reach * 0.5
+    return Prior(float(centre[0]), float(centre[1]), float(np.exp(centre[2])))
 
 
-__all__ = ["HORIZON", "ValueTable", "concentration", "fit", "value_table"]
+__all__ = ["HORIZON", "Prior", "ValueTable", "fit", "outlook", "value_table"]

@@ -1,8 +1,9 @@
 """No tuning on the test: ``python -m ttc.simulate fit POOL POOL`` fits ``adaptive`` on each pool and reports it on the other.
 
-Fitted on the training pool: the prior's two numbers (closed form) and the price (the highest whose accuracy there is within half a
-point of the best price's). Everything else is the shipped default. Beside it: the shipped defaults, the published baselines,
-the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw, which price is best.
+Fitted on the training pool: the prior's three numbers (maximum likelihood) and the price (the highest whose accuracy there is
+within half a point of the best price's). Everything else is the shipped default. Beside it: the shipped defaults, the published
+baselines, the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw, which
+price is best.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ttc.policies import Adaptive, describe, parse
 from ttc.policies.posterior import fit
 from ttc.simulate import Replay, load, replay
 
-PRICES = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.013, 0.016, 0.02, 0.025, 0.03, 0.05)
+PRICES = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
 WIDTHS = (1, 2, 3, 4, 6)
 BASELINES = (
     "self-consistency?n=64", "adaptive-consistency", "adaptive-consistency?rule=dirichlet", "early-stopping", "parallel-probe",
@@ -60,8 +61,11 @@ def row(pool: str, name: str, run: Replay, reference: Replay) -> Row:
 
 def fitted(train: Pool, shuffles: int) -> Adaptive:
     """``adaptive`` with prior and price learnt on ``train``: the highest price within ``SLACK`` of the best price's accuracy."""
-    mean, spread = fit([p.final.tolist() for p in train.problems])
-    policy = changed(Adaptive(), mean=round(mean, 3), spread=round(spread, 3))
+    limit = max(float(p.tokens.max()) for p in train.problems)
+    level, slope, spread = fit(
+        [p.final.tolist() for p in train.problems], [float(p.tokens.mean()) / limit for p in train.problems]
+    )
+    policy = changed(Adaptive(), level=round(level, 2), slope=round(slope, 2), spread=round(spread, 2))
     reached = {
         p: replay(train, changed(policy, price=p), shuffles=shuffles, seed=10_000).right.mean()
         for p in PRICES

@@ -20,7 +20,7 @@ from ttc.errors import InputError
 from ttc.ledger import Ledger
 from ttc.policies import POLICIES, Adaptive, describe, parse
 from ttc.policies.baselines import beta_confidence, dirichlet_confidence
-from ttc.policies.posterior import concentration, fit, value_table
+from ttc.policies.posterior import Prior, fit, outlook, value_table
 from ttc.simulate import load, replay, simulate
 
 POOLS = Path(__file__).parents[3] / "shared" / "pools"
@@ -63,27 +63,62 @@ def test_dirichlet_confidence_is_the_share_of_draws() -> None:
         assert dirichlet_confidence(counts) == pytest.approx((draws.argmax(axis=1) == 0).mean(), abs=0.005)
 
 
-def test_concentration_is_found_again() -> None:
-    rng = np.random.default_rng(1)
-    for alpha in (0.3, 1.0, 5.0):
-        found = []
-        for _ in range(40):
-            urn: list[int] = []
-            for n in range(128):  # Hoppe's urn: Ewens' sampling formula
-                new = rng.random() < alpha / (alpha + n)
-                urn.append(max(urn, default=-1) + 1 if new else urn[rng.integers(n)])
-            found.append(concentration(len(set(urn)), 128))
-        assert np.mean(found) == pytest.approx(np.log(alpha), abs=0.5)
-    assert fit([[0, 0, -1, -1], [0, 1, 2, 3]])[0] > fit([[0, 0, 0, 0], [0, 0, 0, 1]])[0]
+def test_the_prior_is_found_again() -> None:
+    """Within three standard errors of a regression on 400 problems: 1.2 / (0.6 * 20) of the slope, and what that and the mean of
+    1.2 / 20 leave of the level."""
+    rng, true = np.random.default_rng(1), Prior(-2.0, -4.1, 1.2)
+    x = rng.normal(-1.1, 0.6, 400)
+    share = 1 / (1 + np.exp(-rng.normal(true.level + true.slope * x, true.spread)))
+    finals = [[0] * k + list(range(1, 65 - k)) for k in np.maximum(rng.binomial(64, share), 1)]
+    found = fit(finals, np.exp(x).tolist())
+    assert found.slope == pytest.approx(true.slope, abs=0.3)
+    assert found.level == pytest.approx(true.level, abs=0.38)
+    assert found.spread == pytest.approx(true.spread, abs=0.2)
+
+
+def test_long_and_late_branches_promise_less() -> None:
+    prior = Prior(-2.0, -4.1, 1.2)
+    short, long = outlook(prior, (-2.0,), 0, -0.4), outlook(prior, (-0.6,), 0, -0.4)
+    late, later = outlook(prior, (), 1, -0.4), outlook(prior, (), 4, -0.4)
+    assert short[0] > long[0] > late[0] > later[0]
+    assert outlook(prior, (-0.6,) * 5, 0, -0.4)[1] < long[1], "more branches leave less doubt of the length"
 
 
 def test_a_vote_is_worth_less_the_surer_the_leader_is() -> None:
-    table = value_table(0.08, 2.2)
-    assert table.price(0, 0, 0) == float("inf")
+    table = value_table(1.0, 1.5)
     assert table.price(1, 1, 2) > table.price(1, 0, 1) > table.price(2, 0, 2) > table.price(4, 0, 4)
     assert table.price(2, 1, 3) > table.price(3, 1, 4) > table.price(5, 1, 6)
     assert table.sure(3, 0, 3) > table.sure(2, 0, 2) > table.sure(1, 0, 1) > table.sure(1, 1, 2)
     assert table.price(1, 1, 8) < table.price(1, 1, 3), "scattered answers are given up"
+    assert value_table(4.0, 1.0).price(1, 0, 1) < table.price(1, 0, 1), "where one answer is sure to dominate"
+
+
+def test_a_price_is_what_stopping_and_drawing_on_are_equal_at() -> None:
+    """One vote before the horizon the index is a plain expectation; here by brute force over fresh draws of the same model."""
+    from ttc.policies import posterior
+
+    rng, n = np.random.default_rng(7), posterior.HORIZON - 1
+    logit = np.where(
+        rng.random(60_000) < posterior.STRAY, rng.normal(0.5, 2.0, 60_000), rng.normal(0.0, 1.0, 60_000)
+    )
+    logit = logit[(logit > -5) & (logit < 8)]
+    first = 1 / (1 + np.exp(-logit))
+    broken = rng.beta(1.0, posterior.REST, (len(first), 31))
+    left = np.cumprod(np.hstack([np.ones((len(first), 1)), 1 - broken]), axis=1)
+    shares = np.hstack(
+        [first[:, None], (1 - first)[:, None] * np.hstack([broken * left[:, :-1], left[:, -1:]])]
+    )
+    worth = 1 / (1 + np.exp(-(shares.max(axis=1) - posterior.HALF) / posterior.WIDTH))
+    votes = np.array([rng.multinomial(n, row / row.sum()) for row in shares])
+    tied = (np.sort(votes, axis=1)[:, -1] == 7) & (np.sort(votes, axis=1)[:, -2] == 7)
+    leaders, mode = np.argsort(-votes[tied], axis=1)[:, :2], shares[tied].argmax(axis=1)
+    stop = ((leaders[:, 0] == mode) * 0.5 + (leaders[:, 1] == mode) * 0.5) * worth[tied]
+    odds = np.take_along_axis(shares[tied], leaders, axis=1)
+    neither = 1 - odds.sum(axis=1)
+    on = sum(worth[tied] * (leaders[:, k] == mode) * (odds[:, k] + neither / 2) for k in (0, 1))
+    assert value_table(0.0, 1.0).price(7, 7, n) == pytest.approx(float(np.mean(on - stop)), rel=0.25), (
+        "steps of 16 %"
+    )
 
 
 def test_a_higher_price_buys_fewer_tokens() -> None:
@@ -104,7 +139,7 @@ def test_late_branches_are_cut_where_probes_exist_and_policies_work_without() ->
         "p", (PooledProblem("q", tokens, final, np.zeros((8, 100), dtype=np.int64)),), probe_every=10
     )
     bare = Pool("p", (PooledProblem("q", tokens, final, np.empty((8, 0), dtype=np.int64)),))
-    policy = parse("adaptive?probe_every=10&price=0.001&after=0.3&patience=1")
+    policy = parse("adaptive?probe_every=10&price=0&max_samples=4&after=0.3&patience=1")
     cut, whole = (replay(pool, policy, shuffles=1) for pool in (probed, bare))
     assert cut.right.all() and whole.right.all()
     assert cut.samples.sum() == whole.samples.sum()
