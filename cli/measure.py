@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ttc.errors import InputError
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure ttc against bare engines and peers, side by side in one run.",
@@ -47,3 +49,41 @@ def steering(
     from ttc.bench.steering import main
 
     main(model=model, branches=branches, tokens=tokens, triggers=triggers, rounds=rounds, as_json=as_json)
+
+
+@app.command("decode")
+def decode(
+    contexts: Annotated[
+        str, typer.Option(help="Tokens of context, as '4096,16384,32768'.")
+    ] = "4096,16384,32768",
+    batches: Annotated[str, typer.Option(help="Sequences at once, as '1,8,32'.")] = "1,8,32",
+    budgets: Annotated[str, typer.Option(help="KV tokens read per decoded token.")] = "256,512,1024,2048",
+    method: Annotated[
+        str, typer.Option(help="block-topk, quest, streaming, power or oracle-topk.")
+    ] = "block-topk",
+    page: Annotated[int, typer.Option(help="Tokens of a KV page.")] = 64,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model (as many as memory holds).")] = None,
+    memory: Annotated[float, typer.Option(help="GiB for the KV cache.")] = 5.0,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of each arm; medians are reported.")] = 9,
+    share_layers: Annotated[int, typer.Option(min=1, help="Neighbouring layers that share a choice.")] = 1,
+    share_steps: Annotated[int, typer.Option(min=1, help="Steps that a choice lasts.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Sparse against dense decoding, step by step over the same KV, on a Qwen3-0.6B shape with random weights."""
+    from ttc.bench.decode import main
+
+    main(
+        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), budgets=_numbers("budgets", budgets),
+        method=method, page=page, layers=layers, memory_gib=memory, steps=steps, share_layers=share_layers,
+        share_steps=share_steps, as_json=as_json,
+    )  # fmt: skip
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(f"{name}: {text!r} is no list of positive whole numbers; write them as '256,1024'")
+    return found
