@@ -176,19 +176,21 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
     lines = [
         "## Held-out results",
         "",
-        f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: temperature 1, reasoning-gym's generator (items",
-        f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems. k is the number of",
-        "samples a problem.",
+        f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: temperature 1, in vLLM; reasoning-gym's generator (items",
+        f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems. A row has as many samples a",
+        "problem as it says, over three seeds; k is what coverage and vote are of.",
         "",
-        "| task | problems | k | pass@1 | coverage@k | majority@k | thinking tokens: median, 99th percentile |",
+        "| task | problems × samples | k | pass@1 | coverage@k | majority@k | thinking tokens: median, 99th percentile |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        k = row["samples"]
+        k = next(key for key in row if key.startswith("coverage@")).removeprefix("coverage@")
         figures = " | ".join(_percent(row[key]) for key in ("pass@1", f"coverage@{k}", f"majority@{k}"))
         length = row["thinking_tokens"]
         tail = f"{length['median']:.0f}, {length['p99']:.0f}"
-        lines.append(f"| {short(row['task'])} | {row['problems']} | {k} | {figures} | {tail} |")
+        lines.append(
+            f"| {short(row['task'])} | {row['problems']} × {row['samples']} | {k} | {figures} | {tail} |"
+        )
     if curve := evaluation["by_samples"]:
         lines += [
             "",
@@ -216,10 +218,11 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
             "",
             f"Thinking cut at its first conclusion, then k triggers behind it, one at a time ({short(task)}):",
             "",
-            "| trigger | k | pass@1 | thinking tokens, mean |",
-            "| --- | --- | --- | --- |",
+            "| trigger | k | pass@1 | hard half | gain over k = 0, points | thinking tokens, mean |",
+            "| --- | --- | --- | --- | --- | --- |",
             *(
-                f"| {r['trigger']} | {r['k']} | {_percent(r['pass@1'])} | {r['thinking_tokens']:.0f} |"
+                f"| {r['trigger']} | {r['k']} | {_percent(r['pass@1'])} | {_percent(r['hard half'])} | {_percent(r['gain'])} | "
+                f"{r['thinking_tokens']:.0f} |"
                 for r in table
             ),
         ]

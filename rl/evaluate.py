@@ -1,8 +1,8 @@
 """Measure a nano reasoner on held-out problems and refresh its card: ``python -m ttc.rl.evaluate --model
 nano-s``.
 
-Problems, prompts and verdicts are reasoning-gym's own. Every figure carries a 95 % interval: bootstrap over
-problems, which are the independent draws (samples of one problem are not). Majority ties count by their
+Problems, prompts and verdicts are reasoning-gym's own; the samples are vLLM's. Every figure carries a 95 % interval: bootstrap
+over problems, which are the independent draws (samples of one problem are not). Majority ties count by their
 chance under a fair coin.
 """
 
@@ -19,24 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import ttc.nano
+from ttc.rg_tasks import grade
 from ttc.rl import card, heldout, tokenizer
-from ttc.rl.generate import generate
-from ttc.rl.model import Nano, load
+from ttc.rl.generate import Sampler, VllmSampler
 
 MAX_THINKING_TOKENS = 1024
 LONG_THINKING_TOKENS = 2600
 ANSWER_TOKENS = card.ANSWER_TOKENS
 RESAMPLES = 2000
+SEEDS = (0, 1, 2)
 THINK_CLOSE = tokenizer.ID[tokenizer.THINK_CLOSE]
 FULL_STOP = tokenizer.ID["."]
 """Ends every conclusion ("So 85.") and nothing else."""
-
-BATCH_ROWS = 256
-BATCH_TOKENS = 12_000
-"""Of the texts read at once: reading takes memory by rows × length²."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +50,17 @@ class Bench:
 
     def __init__(
         self,
-        model: Nano,
+        sampler: Sampler,
         task: str,
         n: int,
         samples: int,
         seed: int = 0,
         items: Sequence[heldout.Item] | None = None,
     ) -> None:
-        self.model, self.task, self.samples = model, task, samples
+        self.sampler, self.task, self.samples, self.seed, self.calls = sampler, task, samples, seed, 0
         self.most = LONG_THINKING_TOKENS if task in heldout.GRADED["long"] else MAX_THINKING_TOKENS
         self.data = heldout.dataset(task, heldout.EVAL_SEED, n)
         self.items = heldout.items(task, n) if items is None else list(items)
-        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
     def prompts(self, effort: float | None = None) -> list[list[int]]:
         """Prompt ids, problem by problem, each ``samples`` times."""
@@ -76,20 +71,9 @@ class Bench:
         ]
 
     def extend(self, texts: list[list[int]], max_tokens: int, stop: Sequence[int]) -> list[list[int]]:
-        """New tokens for each text, sampled at temperature 1 in batches of like length."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        out: list[list[int]] = [[] for _ in texts]
-        while order:
-            rows = order[:BATCH_ROWS]
-            while len(rows) > 1 and len(rows) * len(texts[rows[-1]]) > BATCH_TOKENS:
-                rows = rows[: max(1, BATCH_TOKENS // len(texts[rows[-1]]))]
-            order = order[len(rows) :]
-            news = generate(
-                self.model, [texts[row] for row in rows], max_tokens, stop=stop, generator=self.generator
-            )
-            for row, new in zip(rows, news, strict=True):
-                out[row] = new
-        return out
+        """New tokens for each text; every call of a bench has a seed of its own."""
+        self.calls += 1
+        return self.sampler(texts, max_tokens, stop, 1000 * self.seed + self.calls)
 
     def think(self, effort: float | None = None) -> list[list[int]]:
         """Thinking, without its closing mark; at most ``most`` tokens."""
@@ -187,18 +171,38 @@ def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
     }
 
 
-def difficulty(model: Nano, task: str, n: int, samples: int, seed: int = 0) -> dict[str, Any]:
-    """One row of the table by difficulty."""
-    bench = Bench(model, task, n, samples, seed)
-    started = time.monotonic()
-    thoughts = bench.think()
-    rate = sum(map(len, thoughts)) / (time.monotonic() - started)
-    return {"task": task, **summary(bench.answer(thoughts)), "tokens_per_s": round(rate)}
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The same problems drawn several times, side by side."""
+    return Answers(
+        np.concatenate([part.right for part in parts], axis=1),
+        [
+            [answer for row in rows for answer in row]
+            for rows in zip(*(part.answers for part in parts), strict=True)
+        ],
+        np.concatenate([part.thinking for part in parts], axis=1),
+        np.concatenate([part.closed for part in parts], axis=1),
+    )
 
 
-def by_samples(model: Nano, task: str, n: int, samples: int = 64) -> list[dict[str, Any]]:
+def difficulty(
+    sampler: Sampler, task: str, n: int, samples: int, seeds: Sequence[int] = SEEDS, votes: int = 8
+) -> dict[str, Any]:
+    """One row of the table by difficulty: ``samples`` for each seed."""
+    parts, tokens, started = [], 0, time.monotonic()
+    for seed in seeds:
+        bench = Bench(sampler, task, n, samples, seed)
+        thoughts = bench.think()
+        parts.append(bench.answer(thoughts))
+        tokens += sum(map(len, thoughts))
+    found = joined(parts)
+    by_seed = [round(float(part.right.mean()), 4) for part in parts]
+    rate = round(tokens / (time.monotonic() - started))
+    return {"task": task, **summary(found, votes), "by_seed": by_seed, "tokens_per_s": rate}
+
+
+def by_samples(sampler: Sampler, task: str, n: int, samples: int = 64) -> list[dict[str, Any]]:
     """Coverage and majority vote at 1, 2, 4 … ``samples`` samples."""
-    bench = Bench(model, task, n, samples)
+    bench = Bench(sampler, task, n, samples)
     answers = bench.answer(bench.think())
     sizes = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
     return [
@@ -213,14 +217,14 @@ def by_samples(model: Nano, task: str, n: int, samples: int = 64) -> list[dict[s
 
 
 def forced_close(
-    model: Nano, task: str, n: int, samples: int, budgets: Sequence[int]
+    sampler: Sampler, task: str, n: int, samples: int, budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Accuracy when ``</think>`` is forced after at most so many tokens of thinking.
 
     ``last_total`` is the accuracy of the best that can be read off the cut text without the model: the last
     whole number after "=", "," or "So".
     """
-    bench = Bench(model, task, n, samples)
+    bench = Bench(sampler, task, n, samples)
     whole = bench.think()
     rows = []
     for budget in budgets:
@@ -243,58 +247,81 @@ def forced_close(
 
 
 def triggers(
-    model: Nano, task: str, n: int, samples: int, sentences: Sequence[str] = tokenizer.TRIGGERS, most: int = 2
+    sampler: Sampler,
+    task: str,
+    n: int,
+    samples: int,
+    sentences: Sequence[str] = tokenizer.TRIGGERS,
+    most: int = 2,
 ) -> list[dict[str, Any]]:
-    """Accuracy after the first conclusion and after 1 … ``most`` triggers, for each trigger sentence."""
+    """Accuracy after the first conclusion and after 1 … ``most`` triggers, for each trigger sentence; on all problems and on
+    the hard half of them (by grade: above the median, or all where one grade is the whole task)."""
     rows = []
     for trigger in sentences:
-        for k, answers in enumerate(Bench(model, task, n, samples).with_triggers(trigger, most)):
-            mean = round(float(answers.thinking.mean()), 1)
-            right = interval(answers.right.mean(1))
-            rows.append({"trigger": trigger, "k": k, "pass@1": right, "thinking_tokens": mean})
+        bench = Bench(sampler, task, n, samples)
+        grades = np.array([grade(item.entry["metadata"]) for item in bench.items], dtype=float)
+        hard = grades > np.median(grades) if (grades > np.median(grades)).any() else grades == grades
+        first: np.ndarray | None = None
+        for k, answers in enumerate(bench.with_triggers(trigger, most)):
+            right = answers.right.mean(1)
+            first = right if first is None else first
+            rows.append(
+                {
+                    "trigger": trigger,
+                    "k": k,
+                    "pass@1": interval(right),
+                    "hard half": interval(right[hard]),
+                    "gain": interval(right - first),
+                    "thinking_tokens": round(float(answers.thinking.mean()), 1),
+                }
+            )
     return rows
 
 
-def efforts(model: Nano, task: str, n: int, samples: int) -> list[dict[str, Any]]:
+def efforts(sampler: Sampler, task: str, n: int, samples: int) -> list[dict[str, Any]]:
     """Accuracy and length at each effort level."""
     rows = []
     for level in tokenizer.EFFORT_LEVELS:
-        bench = Bench(model, task, n, samples)
+        bench = Bench(sampler, task, n, samples)
         rows.append({"effort": level, **summary(bench.answer(bench.think(effort=level), level))})
     return rows
 
 
 def evaluate(
-    folder: Path,
+    sampler: Sampler,
     tasks: Sequence[str],
     n: int = 200,
-    samples: int = 8,
+    samples: int = 3,
     curve: int = 64,
     show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All measurements of a model; the first task is the demo.
 
-    A row has ``n`` problems × ``samples``; long problems a third of the problems and half the samples. Coverage and vote up to
-    ``curve`` samples (the demo) take half the problems. Triggers are measured on the hardest task of every family but the long one,
-    forced closes on the demo and on products.
+    A row by difficulty has ``n`` problems × ``samples`` × three seeds; long problems a third of both. Coverage and vote up
+    to ``curve`` samples (the demo) take half the problems. Triggers are measured on every short task, forced closes on the
+    demo, products and long sums.
     """
-    model = load(folder)
-    half = max(1, samples // 2)
     by_difficulty = []
     for task in tasks:
-        size = (n // 3, half) if task in heldout.GRADED["long"] else (n, samples)
-        by_difficulty.append(difficulty(model, task, *size))
+        size = (n // 3, 1, SEEDS, 3) if task in heldout.GRADED["long"] else (n, samples, SEEDS, 8)
+        by_difficulty.append(difficulty(sampler, task, *size))
         show(json.dumps(by_difficulty[-1]))
-    hard = [known[-1] for name, known in heldout.GRADED.items() if name != "long" and known[-1] in tasks]
-    close = [tasks[0], *(task for task in tasks if task in heldout.GRADED["products"][:1])]
-    rest = {
-        "by_samples": by_samples(model, tasks[0], n // 2, curve),
-        "forced_close": {t: forced_close(model, t, n, half, (0, 16, 32, 64, 128, 256)) for t in close},
-        "triggers": {
-            t: triggers(model, t, n, half, tokenizer.TRIGGERS[:1]) for t in dict.fromkeys((*tasks[:2], *hard))
-        },
-        "efforts": efforts(model, tasks[0], n, half),
+    short = [task for task in tasks if task not in heldout.GRADED["long"]]
+    some = max(1, samples - 1)
+    close = {tasks[0]: (n, (0, 16, 32, 64, 128, 256, 512))}
+    close |= {
+        task: (n, (0, 16, 32, 64, 128, 256, 512)) for task in heldout.GRADED["products"][:1] if task in tasks
     }
+    close |= {
+        task: (n // 2, (0, 64, 128, 256, 512, 1024, 2048))
+        for task in heldout.GRADED["long"][:1]
+        if task in tasks
+    }
+    rest: dict[str, Any] = {"by_samples": by_samples(sampler, tasks[0], n // 2, curve)}
+    rest["triggers"] = {task: triggers(sampler, task, n, some, tokenizer.TRIGGERS[:1]) for task in short}
+    rest["triggers"][tasks[0]] += triggers(sampler, tasks[0], n, some, tokenizer.TRIGGERS[1:])
+    rest["forced_close"] = {task: forced_close(sampler, task, m, some, at) for task, (m, at) in close.items()}
+    rest["efforts"] = efforts(sampler, tasks[0], n, some)
     show(json.dumps(rest))
     return {"seed": heldout.EVAL_SEED, "by_difficulty": by_difficulty, **rest}
 
@@ -305,18 +332,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="an embedded model's name, or a folder")
     parser.add_argument("--task", action="append", help="measure these tasks and write nothing (repeatable)")
     parser.add_argument("--n", type=int, default=200, help="problems per task")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=3, help="for each of the three seeds")
     parser.add_argument("--curve", type=int, default=64, help="most samples of the curve by samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, with --task")
     args = parser.parse_args(argv)
     folder = ttc.nano.resolve(args.model) or Path(args.model)
+    sampler = VllmSampler(folder)
     if args.task:
-        model = load(folder)
         for task in args.task:
-            print(json.dumps(difficulty(model, task, args.n, args.samples, args.seed)), flush=True)
+            print(json.dumps(difficulty(sampler, task, args.n, args.samples)), flush=True)
         return
     info = card.read(folder)
-    info["evaluation"] = found = evaluate(folder, info["tasks"], args.n, args.samples, args.curve)
+    info["evaluation"] = found = evaluate(sampler, info["tasks"], args.n, args.samples, args.curve)
     info["typical_thinking_tokens"] = round(found["by_difficulty"][0]["thinking_tokens"]["median"])
     card.write(folder, info)
 

@@ -1,18 +1,94 @@
-"""Batched sampling from a nano network, for measurements and for reinforcement learning.
+"""Batched sampling from a nano reasoner: in vLLM (``VllmSampler``: what users run, and the fastest), or from the training
+network (``TorchSampler``: needs nothing but torch and starts at once).
 
-One static left-padded key/value cache that grows in blocks, and rows that are dropped as they finish. vLLM is
-what serves users; this needs nothing but torch and starts at once.
+The latter keeps one static left-padded key/value cache that grows in blocks, and drops rows as they finish.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ttc.rl.model import Nano, rope
+from ttc.rl.model import CONTEXT_TOKENS, Nano, rope
 from ttc.rl.tokenizer import EOS, PAD
+
+BATCH_ROWS = 256
+BATCH_TOKENS = 12_000
+"""Of the texts that TorchSampler reads at once: reading takes memory by rows × length²."""
+
+
+class Sampler(Protocol):
+    """Continues texts (token ids), each until a stop token (kept) or ``max_tokens``, at temperature 1."""
+
+    def __call__(
+        self, texts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int], seed: int
+    ) -> list[list[int]]: ...
+
+
+class VllmSampler:
+    """A nano folder in vLLM, in this process; bf16 as shipped. One sampler at a time."""
+
+    def __init__(self, folder: Path, concurrency: int = BATCH_ROWS) -> None:
+        from ttc.engine.vllm import import_vllm
+
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        self._vllm: Any = import_vllm()
+        self._llm = self._vllm.LLM(
+            str(folder), max_num_seqs=concurrency, enable_prefix_caching=True, enforce_eager=True,
+            max_model_len=CONTEXT_TOKENS, generation_config="vllm", enable_chunked_prefill=False,
+            max_num_batched_tokens=2 * CONTEXT_TOKENS, skip_tokenizer_init=True, use_tqdm_on_load=False,
+        )  # fmt: skip
+
+    def __call__(
+        self, texts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int], seed: int
+    ) -> list[list[int]]:
+        torch.manual_seed(seed)
+        asked = [
+            self._vllm.SamplingParams(
+                temperature=1.0, max_tokens=max(1, min(max_tokens, CONTEXT_TOKENS - len(text) - 1)),
+                stop_token_ids=list(stop), ignore_eos=True, detokenize=False,
+            )
+            for text in texts
+        ]  # fmt: skip
+        prompts = [{"prompt_token_ids": list(text)} for text in texts]
+        found = self._llm.generate(prompts, asked, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found]
+
+    def close(self) -> None:
+        """Free the engine, so that another can start in this process."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+
+class TorchSampler:
+    """A training network, in batches of like length."""
+
+    def __init__(self, model: Nano) -> None:
+        self.model = model
+
+    def __call__(
+        self, texts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int], seed: int
+    ) -> list[list[int]]:
+        generator = torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        out: list[list[int]] = [[] for _ in texts]
+        while order:
+            rows = order[:BATCH_ROWS]
+            while len(rows) > 1 and len(rows) * len(texts[rows[-1]]) > BATCH_TOKENS:
+                rows = rows[: max(1, BATCH_TOKENS // len(texts[rows[-1]]))]
+            order = order[len(rows) :]
+            news = generate(
+                self.model, [texts[row] for row in rows], max_tokens, stop=stop, generator=generator
+            )
+            for row, new in zip(rows, news, strict=True):
+                out[row] = new
+        return out
+
 
 BLOCK_TOKENS = 128
 MASKED = -1e30

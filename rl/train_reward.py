@@ -24,7 +24,8 @@ import ttc.nano
 from ttc.errors import InputError
 from ttc.rl import card, heldout, tokenizer
 from ttc.rl.evaluate import Answers, Bench, coverage, interval, majority
-from ttc.rl.model import Nano, load, size_config, use_half
+from ttc.rl.generate import Sampler, VllmSampler
+from ttc.rl.model import load, size_config, use_half
 from ttc.rl.reasoner import optimizers
 from ttc.rl.reward import Kind, NanoReward, RewardNet, save
 from ttc.rl.reward import load as load_reward
@@ -89,14 +90,15 @@ def collect(
     chains: list[Chain] = []
     count = 0
     for number, folder in enumerate(reasoners):
-        model = load(folder)
+        sampler = VllmSampler(folder)
         for family, items in problems(n, 1000 * seed + number, families):
-            bench = Bench(model, heldout.GRADED[family][0], 1, samples, seed, items)
+            bench = Bench(sampler, heldout.GRADED[family][0], 1, samples, seed, items)
             found = chains_of(bench, count)[0]
             chains += found
             count += len(items)
             right = np.mean([chain.right for chain in found])
             show(f"{folder.name} {family}: {len(items)} problems × {samples}, {right:.1%} right")
+        sampler.close()
     return chains
 
 
@@ -290,7 +292,7 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
 
 def measure(
     rewards: Sequence[NanoReward],
-    model: Nano,
+    sampler: Sampler,
     task: str,
     n: int,
     samples: int,
@@ -302,7 +304,7 @@ def measure(
     votes: list[np.ndarray] = []
     found: list[tuple[list[Chain], Answers]] = []
     for seed in seeds:
-        chains, answers = chains_of(Bench(model, task, n, samples, seed))
+        chains, answers = chains_of(Bench(sampler, task, n, samples, seed))
         found.append((chains, answers))
         right_of.append(answers.right)
         votes.append(majority(answers, samples))
@@ -431,8 +433,9 @@ def train(
         card.write_reward(folder, info)
         folders.append(folder)
     if evaluate:
+        sampler = VllmSampler(base_folder)
         for task in (task for family in families if family != "long" for task in heldout.GRADED[family]):
-            refresh(folders, base_folder, task, evaluate, samples, show)
+            refresh(folders, sampler, base_folder.name, task, evaluate, samples, show)
     return folders
 
 
@@ -448,16 +451,17 @@ def _kept(out: Path, drawn: Mapping[str, Any]) -> list[Chain] | None:
 
 def refresh(
     folders: Sequence[Path],
-    reasoner: Path,
+    sampler: Sampler,
+    reasoner: str,
     task: str,
     n: int,
     samples: int,
     show: Callable[[str], None] = print,
 ) -> None:
     """Measure on one task and put the rows into the cards."""
-    rows = measure([load_reward(folder) for folder in folders], load(reasoner), task, n, samples)
+    rows = measure([load_reward(folder) for folder in folders], sampler, task, n, samples)
     for folder, row in zip(folders, rows, strict=True):
-        row = {"reasoner": reasoner.name, **row}
+        row = {"reasoner": reasoner, **row}
         show(json.dumps(row))
         info = card.read(folder)
         same = (row["reasoner"], row["task"])

@@ -164,6 +164,8 @@ def _from_reasoning_gym(task: str, n: int, seed: int) -> list[Problem]:
             item_seed = seed_for(seed, spec.text, index) % 2**31
             item = sandbox.call("draw", DRAW_LIMIT_S, task=spec.text, seed=item_seed)
             meta = {"task": spec.text, "seed": seed, "index": index, "entry": item["entry"]}
+            if item["grade"] is not None:
+                meta["grade"] = item["grade"]
             identity, messages = f"{spec.text}/{seed}/{index}", user(item["question"])
             found.setdefault(item["question"], Problem(identity, messages, item["answer"], "rg", meta))
             if len(found) == n:

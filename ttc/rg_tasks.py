@@ -67,7 +67,26 @@ def draw(task: str, seed: int) -> dict[str, Any]:
         ) from None
     answer = item["answer"]
     entry = {"answer": encode(answer), "metadata": encode(item["metadata"])}
-    return {"question": item["question"], "answer": None if answer is None else str(answer), "entry": entry}
+    return {
+        "question": item["question"],
+        "answer": None if answer is None else str(answer),
+        "entry": entry,
+        "grade": grade(item["metadata"]),
+    }
+
+
+def grade(metadata: Mapping[str, Any]) -> int | None:
+    """How hard an item is, for the tasks that the embedded reasoners know: digits to add (chain_sum), products of digits
+    (products), numbers to join (countdown). None for other tasks; grades of different tasks do not compare."""
+    match metadata.get("source_dataset"):
+        case "chain_sum":
+            return int(metadata["num_terms"] * metadata["num_digits"])
+        case "products":
+            return int(metadata["num_digits"] ** metadata["num_terms"])
+        case "countdown":
+            return len(metadata["numbers"])
+        case _:
+            return None
 
 
 def score(task: str, entry: Mapping[str, Any], question: str, answer: str) -> tuple[float, str]:

@@ -11,8 +11,12 @@ torch = pytest.importorskip("torch")
 
 import numpy as np  # noqa: E402
 
-from ttc.rl import card  # noqa: E402
-from ttc.rl.evaluate import Answers, coverage, interval, majority  # noqa: E402
+from ttc.rl import (  # noqa: E402
+    card,
+    heldout,
+    tokenizer,
+)
+from ttc.rl.evaluate import Answers, Bench, coverage, interval, joined, majority, triggers  # noqa: E402
 from ttc.rl.reasoner import Run, batches  # noqa: E402
 
 CONFIG: dict[str, Any] = {
@@ -105,6 +109,51 @@ def test_intervals_hold_the_mean() -> None:
     assert found["mean"] == 0.5
     assert found["ci95"][0] == pytest.approx(0.4, abs=0.03)
     assert found["ci95"][1] == pytest.approx(0.6, abs=0.03)
+
+
+def test_draws_of_the_same_problems_are_joined_side_by_side() -> None:
+    whole = joined([answers([["1", "2"], ["1", "1"]]), answers([["3", "1"], ["2", "2"]])])
+    assert whole.answers == [["1", "2", "3", "1"], ["1", "1", "2", "2"]]
+    assert whole.right.tolist() == [[True, False, False, True], [True, True, False, False]]
+
+
+class Scripted:
+    """A sampler that concludes wrongly at first and, after a trigger, rightly; the answer is its last conclusion."""
+
+    def __init__(self, items: list[heldout.Item]) -> None:
+        self.answers = {item.prompt: item.answer for item in items}
+        self.seeds: list[int] = []
+
+    def __call__(self, texts: Any, max_tokens: int, stop: Any, seed: int) -> list[list[int]]:
+        self.seeds.append(seed)
+        return [tokenizer.encode(self.reply(tokenizer.decode(text))) for text in texts]
+
+    def reply(self, text: str) -> str:
+        answer = next(answer for prompt, answer in self.answers.items() if prompt in text)
+        checked = tokenizer.TRIGGERS[0] in text
+        if text.endswith("</think>"):
+            return (answer if checked else "7000") + "<eos>"
+        return f"So {answer if checked else 7000}."
+
+
+def test_triggers_are_put_behind_conclusions_and_their_gain_is_of_the_same_problems() -> None:
+    task = heldout.GRADED["sums"][0]
+    sampler = Scripted(heldout.items(task, 6))
+    rows = triggers(sampler, task, 6, 2, tokenizer.TRIGGERS[:1], 1)
+    assert [(row["k"], row["pass@1"]["mean"], row["gain"]["mean"]) for row in rows] == [
+        (0, 0.0, 0.0),
+        (1, 1.0, 1.0),
+    ]
+    assert rows[1]["hard half"]["mean"] == 1.0
+    assert len(set(sampler.seeds)) == len(sampler.seeds)
+
+
+def test_a_bench_judges_by_reasoning_gyms_scorer() -> None:
+    task = heldout.GRADED["countdown"][0]
+    bench = Bench(Scripted([]), task, 3, 1)
+    for index, item in enumerate(bench.items):
+        assert bench.verdict(index, item.answer)
+        assert not bench.verdict(index, item.answer + " + 1")
 
 
 @pytest.mark.parametrize(

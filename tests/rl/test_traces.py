@@ -228,3 +228,19 @@ def test_problems_are_written_as_reasoning_gym_writes_them() -> None:
         problem = sums.Sum(terms, signs, item.entry["metadata"]["num_digits"])
         assert problem.prompt == item.prompt
         assert str(problem.answer) == item.answer
+
+
+@pytest.mark.parametrize(
+    ("task", "grades"),
+    [
+        (heldout.GRADED["sums"][0], range(6, 13)),
+        (heldout.GRADED["products"][1], range(9, 10)),
+        (heldout.GRADED["countdown"][1], range(4, 5)),
+    ],
+)
+def test_problems_tell_their_grade(task: str, grades: range) -> None:
+    from ttc.problems import from_task
+
+    found = {problem.meta["grade"] for problem in from_task(task, 12, 5)}
+    assert found <= set(grades)
+    assert len(found) > 1 or len(grades) == 1
