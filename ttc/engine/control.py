@@ -203,6 +203,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     # -- every step ------------------------------------------------------------------------------------------------------
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.forcing:
+            self._release()
         while self.agenda and self.agenda[0][0] <= self.clock:
             control = heapq.heappop(self.agenda)[2]
             if control.row < 0 or control.forcing():
@@ -286,16 +288,17 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             [*control.ends, control.think_close[-1]] if whole and control.guards_end() else list(control.ends)
         )
 
-    def _force(self, logits: torch.Tensor) -> None:
-        going = [c for c in self.forcing if c.forcing()]
+    def _release(self) -> None:
+        """Rows whose span is written wait for what is due next, be it at this very position."""
         for control in self.forcing:
             if not control.forcing():
                 self._schedule(control)
-        if going:
-            rows, ids = [c.row for c in going], [c.force() for c in going]
-            logits[rows] = -math.inf
-            logits[rows, ids] = 0.0
-        self.forcing = going
+        self.forcing = [c for c in self.forcing if c.forcing()]
+
+    def _force(self, logits: torch.Tensor) -> None:
+        rows, ids = [c.row for c in self.forcing], [c.force() for c in self.forcing]
+        logits[rows] = -math.inf
+        logits[rows, ids] = 0.0
 
     def _measure(self, logits: torch.Tensor) -> None:
         """Add the last step's sampled tokens to the sums, and keep this step's log-probabilities for the next.

@@ -1,0 +1,287 @@
+"""Steering on real vLLM with an embedded reasoner: random instructions under caps, preemption, worker processes, steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PlainJudge
+from tests.engine.test_vllm import finish, request, sums
+from ttc.api import Run, Settings, _check_control
+from ttc.engine.course import Course
+from ttc.engine.vllm import VLLMEngine
+from ttc.errors import InputError
+from ttc.policies import parse
+from ttc.types import Completion, Control, Request
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MODEL = "nano-s"
+TRIGGERS = ("Wait, let me check.", "Wait", " Hm, 12 + 7?")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VLLMEngine]:
+    opened = VLLMEngine(MODEL, concurrency=64)
+    yield opened
+    opened.close()
+
+
+def some_control(rng: random.Random, cap: int) -> Control:
+    return Control(
+        triggers=tuple(rng.sample(TRIGGERS, rng.randint(1, 3))),
+        at=tuple(sorted(rng.sample(range(1, max(cap, 8)), rng.randint(0, 4)))),
+        relative=rng.random() < 0.3,
+        at_end=rng.choice([0, 0, 1, 2]),
+        min_thinking=rng.choice([0, 0, rng.randint(0, cap)]),
+        loop_repeats=rng.choice([0, 4]),
+    )
+
+
+def check(engine: VLLMEngine, asked: Request, done: Completion) -> None:
+    """The cap is kept to the token, the answer is there, and every trigger that was due stands whole where it was due."""
+    ids, [close] = list(done.token_ids), engine._end_ids
+    assert done.finish in ("stop", "length")
+    assert close in ids
+    assert ids.index(close) <= asked.thinking_tokens
+    if done.closed and not (asked.control and asked.control.loop_repeats):
+        assert ids.index(close) == asked.thinking_tokens
+    assert len(ids) <= asked.thinking_tokens + engine.room_tokens
+    assert PlainJudge().answer(asked.problem, done.text), done.text
+    control = asked.control
+    if control is None:
+        return
+    assert ids.index(close) >= min(control.min_thinking, asked.thinking_tokens)
+    if control.at_end or control.min_thinking or control.loop_repeats:
+        return  # what came when depends on what the model would have said
+    course = Course(
+        due=asked.thinking_tokens, think_close=[close], close=engine._close_ids, at=list(control.at),
+        triggers=[engine._ids(text) for text in control.triggers], relative=control.relative,
+    )  # fmt: skip
+    for token in ids:
+        while not course.forcing() and course.next_position() <= len(course.output):
+            course.arrive()
+        if course.forcing():
+            assert token == course.force(), (len(course.output), done.text)
+        course.output.append(token)
+    assert (course.begun, course.forced) == (done.triggers, done.forced_tokens)
+
+
+def test_five_hundred_random_courses_keep_their_caps(engine: VLLMEngine) -> None:
+    rng = random.Random(0)
+    problems = sums(40, terms=6, seed=31)
+    requests = []
+    for i in range(500):
+        cap = rng.choice([1, 2, 5, 17, 30, 60, rng.randint(1, 120)])
+        control = some_control(rng, cap) if rng.random() < 0.9 else None
+        requests.append(request(rng.choice(problems), i, cap, control=control))
+    before = engine.counters()
+    done = finish(engine, requests)
+    assert len(done) == 500
+    for ticket, completion in done.items():
+        check(engine, requests[ticket - 1], completion)
+    assert sum(c.triggers for c in done.values()) > 300
+    assert 50 < sum(c.closed for c in done.values()) < 450
+    spent = engine.counters().output_tokens - before.output_tokens
+    assert spent == sum(c.output_tokens for c in done.values())
+
+
+def test_a_branch_is_the_same_beside_others_as_alone(engine: VLLMEngine) -> None:
+    """Instructions of neighbours do not touch a row: greedy, so that the batch can't decide."""
+    from ttc.types import Sampling
+
+    problems = sums(12, terms=5, seed=32)
+    control = Control((TRIGGERS[0],), (20, 50))
+    together = finish(
+        engine,
+        [
+            request(p, i, 90, control=control if i % 2 else None, sampling=Sampling(0.0))
+            for i, p in enumerate(problems)
+        ],
+    )
+    for i, problem in enumerate(problems):
+        [alone] = finish(
+            engine, [request(problem, i, 90, control=control if i % 2 else None, sampling=Sampling(0.0))]
+        ).values()
+        assert alone.token_ids == together[i + 1].token_ids
+
+
+def test_thinking_is_closed_when_confidence_falls(engine: VLLMEngine) -> None:
+    problems = sums(16, terms=12, seed=33)
+    low = Control(stop_below=0.0, stop_window=4, stop_top_k=5)
+    high = Control(stop_below=1e9, stop_window=4, stop_top_k=5)
+    free = finish(engine, [request(p, 0, 150, control=low) for p in problems])
+    stopped = finish(engine, [request(p, 0, 150, control=high) for p in problems])
+    assert all(c.closed and c.token_ids.index(engine._end_ids[0]) <= 5 for c in stopped.values())
+    assert sum(c.closed for c in free.values()) < len(problems)
+    assert all(PlainJudge().answer(problems[t - 1], c.text) for t, c in stopped.items())
+
+
+# -- in processes of their own -----------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).parents[2]
+
+
+def run_script(folder: Path, script: str, **environment: str) -> dict[str, Any]:
+    """The last line that a script prints, as JSON."""
+    path = folder / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+PREEMPTED = """
+import json, random
+from tests.engine.test_steering_vllm import MODEL, TRIGGERS, check
+from tests.engine.test_vllm import finish, request, sums
+from ttc.engine.vllm import VLLMEngine
+from ttc.types import Control
+
+if __name__ == "__main__":
+    engine = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args={"num_gpu_blocks_override": 14})
+    rng = random.Random(1)
+    asked = [
+        request(p, i, 700, control=Control(TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 690), 6)))))
+        for i, p in enumerate(sums(24, terms=24, seed=35))
+    ]
+    done = finish(engine, asked)
+    for ticket, completion in done.items():
+        check(engine, asked[ticket - 1], completion)
+    print(json.dumps({
+        "preempted": engine._stats.preemptions, "triggers": sum(c.triggers for c in done.values()),
+        "tokens": sum(c.output_tokens for c in done.values()), "counted": engine.counters().output_tokens,
+    }))
+    engine.close()
+"""
+
+
+def test_preempted_branches_execute_their_instructions_once(tmp_path: Path) -> None:
+    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again."""
+    report = run_script(tmp_path, PREEMPTED)
+    assert report["preempted"] > 0, "the pool was not small enough to test anything"
+    assert report["triggers"] > 24
+    assert report["tokens"] == report["counted"]
+
+
+WORKERS = """
+import json, sys
+from tests.engine.test_steering_vllm import MODEL, TRIGGERS, check
+from tests.engine.test_vllm import finish, request, sums
+from ttc.engine.vllm import VLLMEngine
+from ttc.types import Control
+
+if __name__ == "__main__":
+    engine = VLLMEngine(MODEL, concurrency=16)
+    assert not engine.info.steerable, "with worker processes the controller's word can't reach them"
+    asked = [
+        request(p, i, 30 + 5 * i, control=Control(TRIGGERS[:2], (10 + i, 40, 70)) if i % 4 else None,
+                probe_every=20 if i % 3 == 0 else 0)
+        for i, p in enumerate(sums(24, terms=6, seed=36))
+    ]
+    done = finish(engine, asked)
+    for ticket, completion in done.items():
+        check(engine, asked[ticket - 1], completion)
+    spent = sum(c.output_tokens + c.probe_tokens for c in done.values())
+    print(json.dumps({
+        "triggers": sum(c.triggers for c in done.values()), "forks": sum(len(c.forks) for c in done.values()),
+        "unseen": engine.counters().output_tokens - spent,
+    }))
+    engine.close()
+"""
+
+
+def test_worker_processes_execute_the_same_instructions(tmp_path: Path) -> None:
+    report = run_script(tmp_path, WORKERS, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert report["triggers"] > 20
+    assert report["forks"] > 0
+    assert 0 <= report["unseen"] <= 3 * report["forks"], (
+        "of a cancelled fork, what the worker wrote in the meantime"
+    )
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------------------
+class Longest:
+    """A process reward model that likes length: enough to search by, and nothing to load."""
+
+    def tokens(self, problem: Any, texts: Any) -> int:
+        return len(texts)
+
+    def score(self, problem: Any, texts: Any) -> list[float]:
+        return [len(text) / (1000 + len(text)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "text", ["beam?n=4&width=2", "dvts?n=4&width=2", "particles?n=4", "particles?n=4&step=;"]
+)
+def test_search_goes_on_from_the_cache(engine: VLLMEngine, text: str) -> None:
+    problems, before = sums(6, terms=6, seed=37), engine.counters()
+    policy = parse(text + "&tokens=24&most=20")
+    run = Run(
+        problems,
+        engine,
+        Settings(policy=policy, budget="8k tokens", max_thinking_tokens=200),
+        reward=Longest(),
+    )
+    results = list(run.results())
+    after = engine.counters()
+    assert all(r.answer is not None for r in results), [r.error for r in results]
+    assert (
+        sum(r.charge.tokens - r.charge.tokens_judge for r in results)
+        == after.output_tokens - before.output_tokens
+    )
+    steps = [b for r in results for b in r.branches]
+    assert len(steps) > 4 * len(problems)
+    fresh = (after.prompt_tokens - after.cached_tokens) - (before.prompt_tokens - before.cached_tokens)
+    block = engine.info.probe_prefill or 0
+    longest = max(b.completion.prompt_tokens for b in steps)
+    assert fresh <= len(steps) * min(block, longest), "a step computes no more than its last block again"
+    assert all(b.completion.partial or b.usable for b in steps)
+
+
+def test_a_step_that_is_continued_keeps_its_tokens(engine: VLLMEngine) -> None:
+    from dataclasses import replace
+
+    problem = sums(1, terms=6, seed=38)[0]
+    asked = request(problem, 0, 120, step_tokens=10)
+    [first] = finish(engine, [asked]).values()
+    assert first.partial
+    assert first.output_tokens == 10
+    more = replace(
+        asked, index=1, prefix=first.text, prefix_ids=first.token_ids, thinking_tokens=110, step_tokens=0
+    )
+    [second] = finish(engine, [more]).values()
+    assert second.prompt_tokens == first.prompt_tokens + 10
+    assert not second.partial
+    assert PlainJudge().answer(problem, first.text + second.text)
+    short = replace(asked, thinking_tokens=8)
+    [whole] = finish(engine, [short]).values()
+    assert not whole.partial, "a step as long as the whole thought is run to its end"
+
+
+# -- at the door -----------------------------------------------------------------------------------------------------------------
+def test_what_no_branch_of_this_model_can_follow_is_refused(engine: VLLMEngine) -> None:
+    with pytest.raises(InputError, match="no single token"):
+        _check_control(parse("beam?step=%0A%0A%0A&tokens=9"), engine)
+    with pytest.raises(InputError, match="trigger"):
+        engine.check_control(Control(("",), (5,)))
+    _check_control(parse("beam?step=;&tokens=9"), engine)
+
+
+def test_a_model_without_a_delimiter_is_named_with_the_flag(engine: VLLMEngine) -> None:
+    kept, engine._end_ids = engine._end_ids, []
+    try:
+        with pytest.raises(InputError, match="--think-close"):
+            _check_control(parse("budget-forcing"), engine)
+    finally:
+        engine._end_ids = kept
