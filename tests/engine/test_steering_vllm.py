@@ -89,7 +89,7 @@ def test_five_hundred_random_courses_keep_their_caps(engine: VLLMEngine) -> None
     for ticket, completion in done.items():
         check(engine, requests[ticket - 1], completion)
     assert sum(c.triggers for c in done.values()) > 300
-    assert 50 < sum(c.closed for c in done.values()) < 450
+    assert 50 < sum(c.closed for c in done.values()) < 500
     spent = engine.counters().output_tokens - before.output_tokens
     assert spent == sum(c.output_tokens for c in done.values())
 
