@@ -28,9 +28,8 @@ def save_model(folder: Path, **changes: Any) -> Path:
         "initializer_range": 0.1, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     torch.manual_seed(0)
-    made: Any = transformers.AutoModelForCausalLM.from_config(
-        transformers.Qwen3Config(**(settings | changes))
-    )
+    auto: Any = transformers.AutoModelForCausalLM
+    made = auto.from_config(transformers.Qwen3Config(**(settings | changes)))
     for name, weight in made.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.data *= 1.7

@@ -147,5 +147,7 @@ def test_every_choice_and_output_equals_the_reference(
     with watch(monkeypatch, _check(tally)):
         for turn in range(3):
             decode(engine, prompts(6, seed=turn // 2), settings[turn:] + settings[:turn], tokens=70)
+        for method in ("block-topk", "quest"):  # alone, growing from dense into sparse
+            decode(engine, [prompts(1, seed=9)[0][:90]], KvSetting(160, method), tokens=160)
     assert set(tally) == set(METHODS)
     assert min(tally.values()) > 200

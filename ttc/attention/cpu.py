@@ -170,8 +170,7 @@ class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # 
         if not any(settings):
             return None
         pages = ((lengths[:rows] + page - 1) // page).to(torch.int32)
-        stale = self._stale(tables, full, settings)
-        step = Step(self, rows, lengths[:rows], pages, tables[:rows], settings, stale, None)
+        step = Step(self, rows, lengths[:rows], pages, tables[:rows], settings, {}, None)
         if self.options.share_steps > 1:
             mark = (self.batch.version, pages.tolist())
             step.again = mark == self.mark and self.age < self.options.share_steps
@@ -179,6 +178,7 @@ class SparseBuilder(base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # 
         if not self._count(step):
             self.mark = None
             return None
+        step.stale = self._stale(tables, full, settings)
         if rows < n:
             cut = starts[rows:] - starts[rows]
             left = lengths[rows:].contiguous()

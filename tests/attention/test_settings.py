@@ -1,0 +1,157 @@
+"""What users and requests say of sparse decoding, and the page choice on plain tensors: no engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ttc.attention import choose
+from ttc.attention.compiled import selector
+from ttc.attention.settings import METHODS, KvSetting, SparseOptions, read_setting
+from ttc.costmodel import METHODS as PRICED
+from ttc.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("budget", "method", "words"),
+    [
+        (0, None, "kv-budget: 0"),
+        (-5, "quest", "kv-budget: -5"),
+        (64, "best", "kv-method: 'best'"),
+        (None, "quest", "add --kv-budget"),
+    ],
+)
+def test_bad_settings_are_named(budget: int | None, method: str | None, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        KvSetting.asked(budget, method)
+
+
+def test_a_budget_under_a_page_is_refused() -> None:
+    with pytest.raises(InputError, match="under one page of 128; give 128 or more"):
+        KvSetting(64).check_page(128)
+    KvSetting(128).check_page(128)
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["no json", 7, {}, {"budget": 0}, {"budget": 64, "colour": 1}, {"budget": 64, "method": "x"}, {"budget": "64"}],
+)  # fmt: skip
+def test_bad_extra_args_are_refused(told: Any) -> None:
+    with pytest.raises(InputError):
+        read_setting({"ttc_kv": told})
+
+
+def test_a_setting_survives_the_way_to_the_worker() -> None:
+    setting = KvSetting(96, "quest")
+    assert read_setting(setting.extra_args(3)) == (setting, 3)
+    assert read_setting({"ttc_kv": json.dumps(setting.extra_args()["ttc_kv"])}) == (setting, None)
+    assert read_setting(None) is read_setting({"other": 1}) is None
+    assert len({KvSetting(b, m).salt for b in (64, 96) for m in METHODS}) == 2 * len(METHODS)
+
+
+def test_every_method_has_a_price() -> None:
+    assert set(METHODS) <= set(PRICED)
+    assert {m: PRICED[m].summaries for m in METHODS} == {
+        "block-topk": 1, "quest": 2, "streaming": 0, "power": 0, "oracle-topk": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "told", [{"dense_layers": -1}, {"share_layers": 0}, {"share_steps": "2"}, {"selector": "fast"}, {"colour": 1}]
+)  # fmt: skip
+def test_bad_engine_options_are_named(told: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(told))):
+        SparseOptions.of(told)
+
+
+def test_calibrated_budgets(tmp_path: Path) -> None:
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps({"factors": [None, [1.5, 0.5]]}))
+    options = SparseOptions(budgets=str(file))
+    assert options.factors(2, 2) == [None, (1.5, 0.5)]
+    for layers, heads in ((3, 2), (2, 4)):
+        with pytest.raises(InputError, match="calibrate this model"):
+            options.factors(layers, heads)
+    for factors in ([None, [1.5, 0.6]], [None, [1.0, -1.0]], "x"):
+        file.write_text(json.dumps({"factors": factors}))
+        with pytest.raises(InputError, match="budgets"):
+            options.factors(2, 2)
+
+
+@pytest.mark.parametrize("kind", ["torch", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_selectors_equal_a_plain_reading(kind: str, dtype: torch.dtype) -> None:
+    """Random pages, exact ties (small whole numbers), every keep from 1 to all, both rules in one batch."""
+    if kind == "compiled" and selector() is None:
+        pytest.skip("no C++ compiler here")
+    torch.manual_seed(0)
+    heads, group, channels, total = 2, 3, 32, 90
+    mean = torch.randint(-2, 3, (total, heads, channels)).to(dtype)
+    bounds = torch.randint(-2, 3, (total, heads, 2, channels)).to(dtype).sort(2).values
+    query = torch.randint(-2, 3, (4, heads, group, channels)).to(dtype)
+    counts = torch.tensor([40, 1, 2, 17], dtype=torch.int32)
+    tables = torch.stack([torch.randperm(total)[:40] for _ in counts]).to(torch.int32)
+    for rules in ([1, 2, 1, 2], [2, 1, 2, 1], [0, 1, 0, 2]):
+        for most in (1, 2, 3, 9, 17, 40):
+            keep = counts[:, None].clamp(max=most).expand(4, heads).contiguous()
+            out = torch.full((4 * heads, 40), -1, dtype=torch.int32)
+            choose.select(
+                out,
+                query,
+                mean,
+                bounds,
+                tables,
+                counts,
+                keep,
+                torch.tensor(rules, dtype=torch.int32),
+                kind=kind,
+            )
+            for b, rule in enumerate(rules):
+                for h in range(heads):
+                    got = [i for i in out[b * heads + h].tolist() if i >= 0]
+                    if rule == 0:
+                        assert got == []
+                        continue
+                    ids = tables[b, : counts[b]].tolist()
+                    values = [_value(rule, query[b, h], mean[i, h], bounds[i, h]) for i in ids]
+                    assert got == [ids[p] * heads + h for p in _best(values, int(keep[b, h]))]
+
+
+def _value(rule: int, query: torch.Tensor, mean: torch.Tensor, bounds: torch.Tensor) -> float:
+    if rule == 1:
+        return sum(float((q.float() * mean.float()).sum()) for q in query)
+    return max(
+        float(torch.maximum(q.float() * bounds[0].float(), q.float() * bounds[1].float()).sum())
+        for q in query
+    )
+
+
+def _best(values: list[float], keep: int) -> list[int]:
+    """First, last, and the best between them, the earlier one of two that tie."""
+    last = len(values) - 1
+    if keep > last:
+        return list(range(last + 1))
+    if keep == 1:
+        return [last]
+    order = sorted(range(1, last), key=lambda p: (-values[p], p))
+    return [0, *sorted(order[: keep - 2]), last]
+
+
+def test_pages_by_head_keep_to_the_whole() -> None:
+    pytest.importorskip("vllm")
+    from ttc.attention.cpu import pages_kept
+
+    setting = KvSetting(320)
+    assert pages_kept(setting, 40, 32, (1.0, 1.0)) == [10, 10]
+    assert pages_kept(setting, 40, 32, (1.55, 0.45)) in ([15, 5], [16, 4])
+    assert pages_kept(setting, 40, 32, (1.9, 0.01)) == [19, 1]
+    assert pages_kept(setting, 12, 32, (1.9, 0.1)) == [12, 1]
+    assert pages_kept(setting, 10, 32, (1.0, 1.0)) == [10, 10]
+    assert pages_kept(KvSetting(2048, "quest"), 66, 32, (1.0,)) == [
+        66
+    ]  # its bounds would cost more than the rest of the keys
+    assert pages_kept(KvSetting(2048, "streaming"), 66, 32, (1.0,)) == [64]

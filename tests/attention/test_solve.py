@@ -1,0 +1,110 @@
+"""--kv-budget from the request to the ledger, on the embedded reasoner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.attention.models import decode, open_engine, prompts, save_model
+from ttc.api import Run, Settings
+from ttc.attention.settings import KvSetting
+from ttc.costmodel import full
+from ttc.engine.vllm import VLLMEngine
+from ttc.errors import InputError
+from ttc.problems import from_text
+from ttc.types import Result
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+SUM = "State the final answer to the following arithmetic problem: " + " + ".join(["37"] * 12) + " ="
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VLLMEngine]:
+    opened = VLLMEngine("nano-s", concurrency=16, kv_page=32)
+    yield opened
+    opened.close()
+
+
+def solve(engine: VLLMEngine, **settings: object) -> tuple[Run, Result]:
+    told = {"policy": "self-consistency?n=4", "budget": "4k tokens", "max_thinking_tokens": 300} | settings
+    run = Run(from_text(SUM), engine, Settings(**told))  # type: ignore[arg-type]
+    return run, next(iter(run.results()))
+
+
+@pytest.mark.parametrize("method", ["block-topk", "streaming"])
+def test_what_was_read_is_counted_and_priced(engine: VLLMEngine, method: str) -> None:
+    run, result = solve(engine, kv_budget=64, kv_method=method)
+    vectors, shape = {"block-topk": 1, "streaming": 0}[method], engine.info.shape
+    assert run.summary()["spent"]["kv_tokens"] == pytest.approx(result.charge.kv_tokens)
+    assert shape is not None
+    for branch in result.branches:
+        made, read, scored = branch.completion, 0, 0
+        for step in range(1, made.output_tokens):
+            length = made.prompt_tokens + step
+            pages = -(-length // 32)
+            dense = pages * 32 <= 64 + pages * vectors / 2
+            read += length if dense or pages <= 2 else length - (pages - 2) * 32
+            scored += 0 if dense else pages * vectors
+        assert branch.charge.kv_tokens == read
+        assert made.kv_scored == scored
+        whole = full(
+            shape, prompt_tokens=made.prompt_tokens, cached_prompt_tokens=made.cached_tokens,
+            generated_tokens=made.output_tokens, weight_reads=made.weight_reads,
+        )  # fmt: skip
+        saved = (made.kv_skipped or 0) * shape.kv_bytes - made.kv_scored * shape.kv_bytes / 2
+        assert branch.charge.bytes == pytest.approx(float(whole.bytes) - saved)
+        bound = full(
+            shape, prompt_tokens=made.prompt_tokens, cached_prompt_tokens=made.cached_tokens,
+            generated_tokens=made.output_tokens, weight_reads=made.weight_reads, kv_budget=64, kv_block=32, method=method,
+        )  # fmt: skip
+        assert (
+            branch.charge.bytes <= float(bound.bytes) + 1e-6
+        )  # the model of the cost is a bound of what is charged
+        assert branch.charge.bytes > 0.9 * float(bound.bytes)
+
+
+def test_eflops_stay_under_the_budget(engine: VLLMEngine) -> None:
+    run, _ = solve(engine, kv_budget=64, kv_method="quest", budget="2e11 eflops")
+    assert run.summary()["overrun"] == 0
+
+
+def test_dense_branches_count_their_context(engine: VLLMEngine) -> None:
+    _, result = solve(engine)
+    for branch in result.branches:
+        made = branch.completion
+        assert branch.charge.kv_tokens == sum(made.prompt_tokens + i for i in range(1, made.output_tokens))
+
+
+def test_a_wide_budget_says_what_dense_says(engine: VLLMEngine) -> None:
+    dense, wide = (solve(engine, **told)[1] for told in ({}, {"kv_budget": 4096}))
+    assert [b.completion.text for b in dense.branches] == [b.completion.text for b in wide.branches]
+    narrow = solve(engine, kv_budget=32, kv_method="streaming")[1]
+    assert [b.completion.text for b in dense.branches] != [b.completion.text for b in narrow.branches]
+
+
+def test_bad_input_is_named(engine: VLLMEngine) -> None:
+    with pytest.raises(InputError, match="kv-budget: 16 tokens is under one page of 32"):
+        solve(engine, kv_budget=16)
+    with pytest.raises(InputError, match="kv-method: 'x'"):
+        solve(engine, kv_budget=64, kv_method="x")
+    with pytest.raises(InputError, match="kv-page: 48 tokens; this backend's pages are multiples of 32"):
+        VLLMEngine("nano-s", kv_page=48)
+
+
+def test_a_window_stays_dense_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model of sliding windows: its layers are left to vLLM, whatever a request asks."""
+    from ttc.attention.rows import batch_of
+
+    folder = save_model(
+        tmp_path / "window", use_sliding_window=True, sliding_window=64, max_window_layers=0,
+        layer_types=["sliding_attention"] * 3,
+    )  # fmt: skip
+    opened = open_engine(folder)
+    assert set(batch_of(opened.vllm_config).served.values()) == {"a sliding window"}
+    asked = prompts(4)
+    wanted = decode(opened, asked)
+    with caplog.at_level("WARNING", logger="ttc.attention"):
+        assert decode(opened, asked, KvSetting(64), salted=False) == wanted
+    assert [r.message.count("stay dense: a sliding window") for r in caplog.records] == [1]
