@@ -11,13 +11,14 @@ import dataclasses
 import difflib
 import importlib
 from typing import Any, cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from ttc.errors import InputError
 from ttc.jobs import Policy
 from ttc.policies.adaptive import Adaptive
 from ttc.policies.baselines import AdaptiveConsistency, DeepConf, EarlyStopping, ParallelProbe
 from ttc.policies.fixed import BestOfN, Greedy, SelfConsistency, WeightedVote
+from ttc.policies.planned import Effort, Kinetics
 from ttc.policies.search import Beam, Dvts, Particles
 from ttc.policies.steered import BudgetForcing, IterativeDeepening, Plain
 
@@ -30,8 +31,10 @@ POLICIES: dict[str, type[Any]] = {
     "deepconf": DeepConf,
     "dvts": Dvts,
     "early-stopping": EarlyStopping,
+    "effort": Effort,
     "greedy": Greedy,
     "iterative-deepening": IterativeDeepening,
+    "kinetics": Kinetics,
     "parallel-probe": ParallelProbe,
     "particles": Particles,
     "plain": Plain,
@@ -62,9 +65,16 @@ def parse(text: str) -> Policy:
 
 def describe(policy: Policy) -> str:
     """The policy as ``parse`` would read it: its name and every option, for run.json."""
-    fields = getattr(policy, "__dataclass_fields__", {})
-    options = "&".join(f"{name}={getattr(policy, name)}" for name in fields)
+    names: list[str] = (
+        [f.name for f in dataclasses.fields(policy)] if dataclasses.is_dataclass(policy) else []
+    )
+    options = "&".join(f"{name}={_written(getattr(policy, name))}" for name in names)
     return f"{policy.name}?{options}" if options else policy.name
+
+
+def _written(value: Any) -> str:
+    """An option's value as ``parse`` reads it; a policy within a policy is quoted."""
+    return quote(describe(value)) if hasattr(value, "run") else "" if value is None else str(value)
 
 
 def _imported(name: str) -> type[Any]:
@@ -78,8 +88,10 @@ def _imported(name: str) -> type[Any]:
 
 
 def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
-    """``value`` in the type of the option's default."""
+    """``value`` in the type of the option's default; where that is None, a policy."""
     try:
+        if default is None:
+            return parse(value) if value else None
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         if isinstance(default, int):
@@ -94,7 +106,25 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
 
 
 __all__ = [
-    "POLICIES", "Adaptive", "AdaptiveConsistency", "Beam", "BestOfN", "BudgetForcing", "DeepConf", "Dvts", "EarlyStopping",
-    "Greedy", "IterativeDeepening", "ParallelProbe", "Particles", "Plain", "Policy", "SelfConsistency", "WeightedVote",
-    "describe", "parse",
-]  # fmt: skip
+    "POLICIES",
+    "Adaptive",
+    "AdaptiveConsistency",
+    "Beam",
+    "BestOfN",
+    "BudgetForcing",
+    "DeepConf",
+    "Dvts",
+    "EarlyStopping",
+    "Effort",
+    "Greedy",
+    "IterativeDeepening",
+    "Kinetics",
+    "ParallelProbe",
+    "Particles",
+    "Plain",
+    "Policy",
+    "SelfConsistency",
+    "WeightedVote",
+    "describe",
+    "parse",
+]

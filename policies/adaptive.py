@@ -8,6 +8,9 @@ thinking, and more where many branches brought no vote. Where the engine gives a
   is often a guess that many branches share.
 - a branch that has used ``patience`` of the room for thinking is asked once: an answer that has votes counts, any other is dropped.
   Branches that long seldom answer rightly.
+
+Where all problems share the budget, a problem's first branch is capped so that first branches, as long as the prior expects them,
+fit an even split; what the short ones leave goes where it is worth most.
 """
 
 from __future__ import annotations
@@ -15,13 +18,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import log
+from typing import Protocol
 
 from ttc.errors import InputError
-from ttc.policies.posterior import HORIZON, Prior, outlook, value_table
-from ttc.types import Branch, Brief, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
+from ttc.policies.posterior import HORIZON, Prior, cap_for, outlook, value_table
+from ttc.types import Branch, Brief, Control, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
 
 RUN_FLOOR = 16
 """A budget for the whole run buys down to this fraction of ``price``: what it is spent on is decided between the problems."""
+
+
+class Steered(Protocol):
+    """A policy of steered chains (``steered``): what is done to a chain that may think for ``limit`` tokens."""
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    def control(self, limit: int) -> Control | None: ...
 
 
 @dataclass(slots=True)
@@ -73,7 +86,7 @@ class Adaptive:
     """See the module. ``price`` is what as many tokens as the limit on thinking must add to P(right); ``confidence`` stops earlier,
     once the leader is the most frequent answer with that probability; ``width`` branches start side by side (latency for tokens).
     ``level``, ``slope`` and ``spread`` are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set
-    by hand, on both AIME pools."""
+    by hand, on both AIME pools. ``over`` is a policy of steered chains whose control every branch gets."""
 
     max_samples: int = 16
     price: float = 0.05
@@ -87,6 +100,7 @@ class Adaptive:
     level: float = -2.0
     slope: float = -4.1
     spread: float = 1.2
+    over: Steered | None = None
     name = "adaptive"
 
     def __post_init__(self) -> None:
@@ -100,6 +114,13 @@ class Adaptive:
             )
         if self.probe_every < 1 or self.agree < 1 or self.agree_other < 1:
             raise InputError(f"policy: agree={self.agree}, probe_every={self.probe_every}; give 1 or more")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.over is None else self.over.needs
+
+    def control(self, limit: int) -> Control | None:
+        return None if self.over is None else self.over.control(limit)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         price = self.price if brief.budget_scope == "problem" else self.price / RUN_FLOOR
@@ -149,7 +170,13 @@ class Adaptive:
 
     def _request(self, problem: Problem, brief: Brief, index: int, start: int) -> Request:
         every = self.probe_every if brief.probe_tokens is not None else 0
-        return brief.request(problem, index, probe_from=start if every else 0, probe_every=every)
+        thinking = brief.max_thinking_tokens
+        if brief.budget_scope == "run" and brief.budget_unit == "tokens" and index < self.width:
+            thinking = max(int(thinking * cap_for(round(brief.budget_share / self.width / thinking, 3))), 1)
+        return brief.request(
+            problem, index, probe_from=start if every else 0, probe_every=every, thinking_tokens=thinking,
+            control=self.control(thinking),
+        )  # fmt: skip
 
     def _probe_from(self, ballot: Ballot, late: int) -> int:
         return min(int(self.after * ballot.first_length), late) if ballot.first_length else late

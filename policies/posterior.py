@@ -37,6 +37,7 @@ HORIZON = 24
 _PRICES = np.exp(np.linspace(np.log(1e-4), np.log(0.6), 60))
 _PROBLEMS, _ANSWERS, _SEEN = 16_000, 32, 8
 _X = np.linspace(-4.5, 0.5, 101)
+_NORMAL = np.random.default_rng(1).standard_normal(4000)
 Floats = NDArray[np.float64]
 
 
@@ -153,6 +154,17 @@ def outlook(prior: Prior, lengths: tuple[float, ...], late: int, late_at: float)
     return round(4 * (prior.level + prior.slope * at)) / 4, round(8 * spread) / 8
 
 
+@lru_cache(maxsize=1024)
+def cap_for(share: float) -> float:
+    """The cap on thinking, over the limit, at which branches as long as the prior expects take ``share`` of the limit on average
+    (1: the limit itself, where they take no more)."""
+    length = np.minimum(np.exp(COMMON + sqrt(VARIED**2 + WITHIN**2) * _NORMAL), 1.0)
+    caps = np.linspace(0.0, 1.0, 401)
+    return float(
+        caps[int(np.searchsorted(np.minimum(length[:, None], caps).mean(axis=0), share).clip(0, 400))]
+    )
+
+
 def fit(finals: Sequence[Sequence[int]], lengths: Sequence[float]) -> Prior:
     """The prior of a pool by maximum likelihood: ``finals`` answer codes of each problem's branches (-1: none), ``lengths`` its
     mean branch over the limit. The count of the most frequent answer is Binomial(branches, share), the share logit-normal about
@@ -180,4 +192,4 @@ def fit(finals: Sequence[Sequence[int]], lengths: Sequence[float]) -> Prior:
     return Prior(float(centre[0]), float(centre[1]), float(np.exp(centre[2])))
 
 
-__all__ = ["HORIZON", "Prior", "ValueTable", "fit", "outlook", "value_table"]
+__all__ = ["HORIZON", "Prior", "ValueTable", "cap_for", "fit", "outlook", "value_table"]

@@ -32,6 +32,7 @@ from ttc.judge import Jury
 from ttc.ledger import Ledger
 from ttc.policies import describe
 from ttc.policies import parse as parse_policy
+from ttc.policies.planned import plan_policy
 from ttc.pricing import Pricer
 from ttc.problems import from_text, problem_to_json
 from ttc.summary import summarise
@@ -134,7 +135,9 @@ class Run:
             info.shape, info.concurrency, info.steerable, kv_page=info.kv_page,
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
+        self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
         _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
+        _check_effort(self.policy, self.problems, engine)
         _check_control(self.policy, engine)
         brief = Brief(
             seed=settings.seed,
@@ -249,16 +252,42 @@ def _kv(settings: Settings, info: EngineInfo) -> KvSetting | None:
     return kv
 
 
+def _planned(
+    policy: Policy, budget: Budget, problems: Sequence[Problem], engine: Engine, settings: Settings
+) -> Policy:
+    """The policy with what it plans before the run (``ttc.policies.planned``); one that plans nothing as it is."""
+    if not hasattr(policy, "planned"):
+        return policy
+    info, count = engine.info, max(len(problems), 1)
+    prompts = [engine.count_prompt(problem, settings.effort) for problem in problems]
+    return plan_policy(
+        policy, budget, count, model=info.model, shape=info.shape, batch=info.concurrency,
+        prompt_tokens=sum(prompts) / count,
+        thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
+    )  # fmt: skip
+
+
 def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_reward: bool) -> None:
     for need in getattr(policy, "needs", ()):
         if need == "reward" and not has_reward:
             raise InputError(
                 f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
             )
-        if need not in ("reward", "control", "steps") and need not in signals:
+        if need not in ("reward", "control", "steps", "effort") and need not in signals:
             known = ", ".join(signals) or "none"
             raise InputError(
                 f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
+            )
+
+
+def _check_effort(policy: Policy, problems: Sequence[Problem], engine: Engine) -> None:
+    """Raise InputError for a policy that chooses the effort where the model's chat template does not read it."""
+    if "effort" in getattr(policy, "needs", ()) and problems:
+        plain, told = (engine.count_prompt(problems[0], effort) for effort in (None, 1.0))
+        if plain == told:
+            raise InputError(
+                f"policy: {policy.name} needs a model that was trained for levels of effort; {engine.info.model} reads none in its"
+                " chat template"
             )
 
 

@@ -99,10 +99,11 @@ class Driver:
         """
         info, room = self.engine.info, self.engine.room_tokens
         jobs: list[Job] = []
+        efforts = {self.base_brief.effort} | ({1.0} if "effort" in getattr(self.policy, "needs", ()) else set())
         refused: dict[str, str] = {}
         least_sum = least_max = 0.0
         for order, problem in enumerate(problems):
-            prompt = self.engine.count_prompt(problem, self.base_brief.effort)
+            prompt = max(self.engine.count_prompt(problem, effort) for effort in efforts)
             longest = info.context - prompt - room
             if longest < 1:
                 refused[problem.id] = (
@@ -114,6 +115,7 @@ class Driver:
             brief = replace(
                 self.base_brief, max_thinking_tokens=thinking, budget_amount=self.budget.amount,
                 budget_unit=self.budget.unit, budget_scope=self.budget.scope, probe_tokens=info.probe_tokens,
+                budget_share=self.budget.amount / (len(problems) if self.budget.scope == "run" else 1),
             )  # fmt: skip
             account = self.run_account or Account(Meter(self.budget.amount))
             job = Job(order, problem, brief, prompt, account)

@@ -17,12 +17,14 @@ from ttc.budget import Budget
 from ttc.costmodel.accuracy import bootstrap
 from ttc.costmodel.pools import read
 from ttc.costmodel.records import Pool
+from ttc.costmodel.shapes import ModelShape
 from ttc.driver import Driver
 from ttc.engine.replay import NOTHING, RecordedJudge, ReplayEngine
 from ttc.errors import InputError
 from ttc.jobs import Policy
 from ttc.ledger import Ledger
 from ttc.policies import parse
+from ttc.policies.planned import plan_policy
 from ttc.pricing import Pricer
 from ttc.types import Brief
 
@@ -114,6 +116,13 @@ def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int) -> 
     missing = sorted(set(getattr(policy, "signals", ())) - set(info.signals))
     if missing:
         raise InputError(f"policy: {policy.name} needs {missing[0]}, which this pool has not recorded")
+    if hasattr(policy, "planned"):
+        count = len(engine.pool.problems)
+        shape = ModelShape.of(engine.pool.model) if engine.pool.model else None
+        policy = plan_policy(
+            policy, budget, count, model=info.model, shape=shape, batch=64, prompt_tokens=engine.pool.prompt_tokens or 150.0,
+            thinking_tokens=info.context,
+        )  # fmt: skip
     brief = Brief(seed=seed, max_thinking_tokens=info.context, sampling=info.sampling)
     return Driver(
         engine, policy, budget, RecordedJudge(), Ledger(), Pricer(None, info.concurrency, False),

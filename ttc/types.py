@@ -347,7 +347,8 @@ class Brief:
     """What a policy may know when it starts on a problem: no clock, no engine, no prices but these.
 
     ``max_thinking_tokens`` is the longest thought that the context allows beside this prompt and the room for an answer;
-    ``probe_tokens`` the price of an anytime answer (None: this engine gives none); ``room_tokens`` what an answer may take.
+    ``budget_share`` what an even split of the budget gives each problem; ``probe_tokens`` the price of an anytime answer (None:
+    this engine gives none); ``room_tokens`` what an answer may take.
     """
 
     seed: int
@@ -356,6 +357,7 @@ class Brief:
     budget_amount: float = float("inf")
     budget_unit: str = "tokens"
     budget_scope: str = "problem"
+    budget_share: float = float("inf")
     effort: float | None = None
     kv_budget: int | None = None
     kv_method: str | None = None

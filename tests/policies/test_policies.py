@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -11,17 +12,23 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
+from tests.conftest import make_problems
+from tests.test_driver import make_driver
 from tests.test_replay import make_pool, replay_driver
 from ttc.budget import Budget
 from ttc.cli.main import app
 from ttc.costmodel.records import Pool, PooledProblem
+from ttc.costmodel.shapes import ModelShape
+from ttc.engine.fake import FakeEngine, random_writer
 from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
-from ttc.policies import POLICIES, Adaptive, describe, parse
+from ttc.policies import POLICIES, Adaptive, IterativeDeepening, Kinetics, describe, parse
 from ttc.policies.baselines import beta_confidence, dirichlet_confidence
+from ttc.policies.planned import Situation
 from ttc.policies.posterior import Prior, fit, outlook, value_table
 from ttc.simulate import load, replay, simulate
+from ttc.types import Branch, Brief, Completion, Generate, Reply, Request, Sampling
 
 POOLS = Path(__file__).parents[3] / "shared" / "pools"
 needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="the recorded pools are not on this machine")
@@ -228,3 +235,72 @@ def test_the_defaults_are_as_good_as_self_consistency_at_a_twentieth_of_its_toke
     found = replay(pool, Adaptive(), shuffles=30)
     assert found.right.mean() > 0.795
     assert found.tokens.mean() < 911e3 / 20
+
+
+def test_adaptive_over_iterative_deepening_is_a_line() -> None:
+    policy = Adaptive(max_samples=8, over=IterativeDeepening(first=16, growth=2.0))
+    assert parse(describe(policy)) == policy
+    assert parse("adaptive?over=iterative-deepening%3Ffirst%3D16") == Adaptive(
+        over=IterativeDeepening(first=16)
+    )
+    assert "control" in policy.needs
+    seen: list[Request] = []
+
+    class Watched(FakeEngine):
+        def submit(self, ticket: int, request: Request) -> None:
+            seen.append(request)
+            FakeEngine.submit(self, ticket, request)
+
+    engine = Watched(writer=random_writer(mean_thinking=40))
+    results = list(make_driver(engine, policy, Budget(5_000, "tokens")).run(make_problems(3)))
+    assert len(results) == 3 and not any(r.error for r in results)
+    assert {r.control.at[:3] for r in seen if r.control is not None} == {(16, 32, 64)} and all(
+        r.control for r in seen
+    )
+
+
+def test_kinetics_plans_what_the_budget_buys_and_replays_it() -> None:
+    pool = dataclasses.replace(make_pool(12, 40, every=10, seed=3, longest=120), model="Qwen3-0.6B")
+    situation = Situation("Qwen3-0.6B", ModelShape.of("Qwen3-0.6B"), Budget(2000, "tokens"), 64, 50.0, 4096)
+    poor, rich = (
+        Kinetics().planned(dataclasses.replace(situation, budget=Budget(b, "tokens"))) for b in (600, 60_000)
+    )
+    assert (poor.n, rich.n) != (0, 0) and poor.n * poor.thinking <= 600 < rich.n * rich.thinking <= 60_000
+    assert Kinetics(n=3, thinking=77).planned(situation) == Kinetics(n=3, thinking=77)
+    replayed = replay(pool, Kinetics(n=3), budget=Budget(1000, "tokens"), shuffles=2)
+    assert replayed.overrun == 0 and replayed.samples.max() == 3
+    with pytest.raises(InputError, match="seconds"):
+        Kinetics().planned(dataclasses.replace(situation, budget=Budget(9, "seconds")))
+    with pytest.raises(InputError, match="shape"):
+        Kinetics().planned(dataclasses.replace(situation, shape=None))
+
+
+@needs_pools
+def test_kinetics_reads_recorded_data_of_its_model_only() -> None:
+    data = str(POOLS / "qwen3-8b_aime25.json")
+    situation = Situation("Qwen3-8B", ModelShape.of("Qwen3-8B"), Budget(60_000, "tokens"), 64, 150.0, 41_000)
+    planned = Kinetics(data=data).planned(situation)
+    assert planned.n >= 2 and planned.thinking > 4000
+    with pytest.raises(InputError, match="not of Qwen3-4B"):
+        Kinetics(data=data).planned(dataclasses.replace(situation, model="Qwen3-4B"))
+
+
+def test_effort_climbs_until_a_level_agrees() -> None:
+    """Half effort never agrees with itself here, three quarters always does."""
+    asked: list[float | None] = []
+    routine = parse("effort?levels=0.5|0.75|1.0").run(make_problems(1)[0], Brief(0, 100, Sampling()))
+    work = next(routine)
+    outcome = None
+    while outcome is None:
+        assert isinstance(work, Generate)
+        asked += [request.effort for request in work.requests]
+        branches = tuple(
+            Branch("p", r.index, r.seed, Completion("", "stop", 1, 5), "x", "right" if r.effort == 0.75 else f"wrong-{r.index}")
+            for r in work.requests
+        )  # fmt: skip
+        try:
+            work = routine.send(Reply(branches=branches))
+        except StopIteration as end:
+            outcome = end.value
+    assert asked == [0.5, 0.5, 0.75, 0.75]
+    assert (outcome.answer, outcome.stop) == ("right", "confident")
