@@ -79,6 +79,30 @@ def decode(
     )  # fmt: skip
 
 
+@app.command("fidelity")
+def fidelity(
+    model: Annotated[str, typer.Option("--model", "-m", help="An embedded reasoner.")] = "nano-s",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Tasks (the model's first if not given).")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=2, help="Problems of each task.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 8,
+    budgets: Annotated[str, typer.Option(help="KV tokens read per decoded token.")] = "64,96,128,192",
+    methods: Annotated[str, typer.Option(help="Methods.")] = "block-topk,quest,streaming,power,oracle-topk",
+    caps: Annotated[str | None, typer.Option(help="Also with thoughts capped at these lengths.")] = None,
+    page: Annotated[int, typer.Option(help="Tokens of a KV page.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of problems and samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Accuracy against KV budget for every method, and dense against sparse at equal cost, on an embedded reasoner."""
+    from ttc.bench.fidelity import main
+
+    main(
+        model=model, tasks=task or [], problems=problems, samples=samples, budgets=_numbers("budgets", budgets),
+        methods=methods.split(","), caps=_numbers("caps", caps) if caps else [], page=page, seed=seed, as_json=as_json,
+    )  # fmt: skip
+
+
 def _numbers(name: str, text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
@@ -87,3 +111,32 @@ def _numbers(name: str, text: str) -> list[int]:
     if not found or min(found) < 1:
         raise InputError(f"{name}: {text!r} is no list of positive whole numbers; write them as '256,1024'")
     return found
+
+
+@app.command("study")
+def study(
+    part: Annotated[str, typer.Argument(help="deepening, forcing, anytime or search.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An embedded reasoner, a folder or a hub id.")
+    ] = "nano-s",
+    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Run seeds.")] = 3,
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Of each problem (deepening).")
+    ] = "256 tokens",
+    thinking: Annotated[int, typer.Option(min=1, help="The longest thought, in tokens.")] = 256,
+    reward: Annotated[
+        str, typer.Option(help="The process reward model (search): a name or a folder.")
+    ] = "nano-s-process",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Tasks, easy to hard (sums, if not given).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What steering and search buy on an embedded reasoner, at equal token budgets: the tables of docs/steering.md."""
+    from ttc.bench.study import main
+
+    main(
+        part=part, model=model, problems=problems, seeds=seeds, budget=budget, thinking=thinking, reward=reward,
+        tasks=task or (), as_json=as_json,
+    )  # fmt: skip
