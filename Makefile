@@ -30,8 +30,10 @@ bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
 reproduce: .venv/.ready  ## Every published figure, from its command
 	@bash docs/reproduce.sh
 
-reproduce-nano: .venv/.ready  ## Train and measure the embedded reasoners from nothing
-	@$(PY) -m ttc.rl.reasoner --size s --out runs/nano-s && $(PY) -m ttc.rl.evaluate --model runs/nano-s/model
+reproduce-nano: .venv/.ready  ## Train, ship and measure the embedded reasoners and reward models from nothing (hours on 2 cores)
+	@for size in xs s m l; do .venv/bin/ttc train reasoner --size $$size --ship && $(PY) -m ttc.rl.evaluate --model nano-$$size || exit 1; done
+	@.venv/bin/ttc train reward --base nano-s --ship
+	@$(PY) -m ttc.rl.family && $(PY) -m ttc.rl.family --speed && $(PY) -m ttc.rl.figures
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ttc=.venv/bin/ttc
 $ttc demo
-.venv/bin/python -m ttc.rl.evaluate --model nano-s
+for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluate --model $model; done
+.venv/bin/python -m ttc.rl.family
+.venv/bin/python -m ttc.rl.family --speed
+.venv/bin/python -m ttc.rl.figures
 $ttc bench overhead --http
 pools=${POOLS:-../shared/pools}
 if [ -d "$pools" ]; then

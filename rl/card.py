@@ -191,7 +191,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         lines.append(
             f"| {short(row['task'])} | {row['problems']} × {row['samples']} | {k} | {figures} | {tail} |"
         )
-    if curve := evaluation["by_samples"]:
+    if curve := evaluation.get("by_samples"):
         lines += [
             "",
             f"By samples ({short(demo)}; {curve[0]['problems']} problems):",
@@ -200,7 +200,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
             "| --- | --- | --- |",
             *(f"| {row['k']} | {_percent(row['coverage'])} | {_percent(row['majority'])} |" for row in curve),
         ]
-    for task, table in evaluation["forced_close"].items():
+    for task, table in evaluation.get("forced_close", {}).items():
         vote = next(key for key in table[0] if key.startswith("majority@"))
         lines += [
             "",
@@ -213,7 +213,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         for row in table:
             figures = " | ".join(_percent(row[key]) for key in ("pass@1", vote, "last_total"))
             lines.append(f"| {row['budget']} | {row['cut']:.0%} | {figures} |")
-    for task, table in evaluation["triggers"].items():
+    for task, table in evaluation.get("triggers", {}).items():
         lines += [
             "",
             f"Thinking cut at its first conclusion, then k triggers behind it, one at a time ({short(task)}):",
@@ -226,14 +226,15 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
                 for r in table
             ),
         ]
-    lines += [
-        "",
-        f"Effort in the prompt ({short(demo)}):",
-        "",
-        "| effort | pass@1 | thinking tokens, mean |",
-        "| --- | --- | --- |",
-        *map(_effort_row, evaluation["efforts"]),
-    ]
+    if levels := evaluation.get("efforts"):
+        lines += [
+            "",
+            f"Effort in the prompt ({short(demo)}):",
+            "",
+            "| effort | pass@1 | thinking tokens, mean |",
+            "| --- | --- | --- |",
+            *map(_effort_row, levels),
+        ]
     return lines
 
 

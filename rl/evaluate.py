@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,37 +293,48 @@ def evaluate(
     n: int = 200,
     samples: int = 3,
     curve: int = 64,
-    show: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """All measurements of a model; the first task is the demo.
+    known: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """All measurements of a model, part by part (the whole so far is given each time, ``known`` parts are kept); the first task
+    is the demo.
 
     A row by difficulty has ``n`` problems × ``samples`` × three seeds; long problems a third of both. Coverage and vote up
     to ``curve`` samples (the demo) take half the problems. Triggers are measured on every short task, forced closes on the
     demo, products and long sums.
     """
-    by_difficulty = []
+    found: dict[str, Any] = {"seed": heldout.EVAL_SEED, "by_difficulty": []} | dict(known or {})
+    rows, long = found["by_difficulty"], heldout.GRADED["long"]
     for task in tasks:
-        size = (n // 3, 1, SEEDS, 3) if task in heldout.GRADED["long"] else (n, samples, SEEDS, 8)
-        by_difficulty.append(difficulty(sampler, task, *size))
-        show(json.dumps(by_difficulty[-1]))
-    short = [task for task in tasks if task not in heldout.GRADED["long"]]
+        if all(row["task"] != task for row in rows):
+            rows.append(
+                difficulty(
+                    sampler, task, *((n // 3, 1, SEEDS, 3) if task in long else (n, samples, SEEDS, 8))
+                )
+            )
+            yield found
     some = max(1, samples - 1)
-    close = {tasks[0]: (n, (0, 16, 32, 64, 128, 256, 512))}
-    close |= {
-        task: (n, (0, 16, 32, 64, 128, 256, 512)) for task in heldout.GRADED["products"][:1] if task in tasks
-    }
-    close |= {
-        task: (n // 2, (0, 64, 128, 256, 512, 1024, 2048))
-        for task in heldout.GRADED["long"][:1]
+    close = {
+        task: (n, (0, 16, 32, 64, 128, 256, 512))
+        for task in (tasks[0], heldout.GRADED["products"][0])
         if task in tasks
     }
-    rest: dict[str, Any] = {"by_samples": by_samples(sampler, tasks[0], n // 2, curve)}
-    rest["triggers"] = {task: triggers(sampler, task, n, some, tokenizer.TRIGGERS[:1]) for task in short}
-    rest["triggers"][tasks[0]] += triggers(sampler, tasks[0], n, some, tokenizer.TRIGGERS[1:])
-    rest["forced_close"] = {task: forced_close(sampler, task, m, some, at) for task, (m, at) in close.items()}
-    rest["efforts"] = efforts(sampler, tasks[0], n, some)
-    show(json.dumps(rest))
-    return {"seed": heldout.EVAL_SEED, "by_difficulty": by_difficulty, **rest}
+    close |= {task: (n // 2, (0, 64, 128, 256, 512, 1024, 2048)) for task in long[:1] if task in tasks}
+    for task in tasks:
+        if task not in long and task not in found.setdefault("triggers", {}):
+            found["triggers"][task] = triggers(
+                sampler, task, n, some, tokenizer.TRIGGERS[: None if task == tasks[0] else 1]
+            )
+            yield found
+    for task, (size, budgets) in close.items():
+        if task not in found.setdefault("forced_close", {}):
+            found["forced_close"][task] = forced_close(sampler, task, size, some, budgets)
+            yield found
+    if "efforts" not in found:
+        found["efforts"] = efforts(sampler, tasks[0], n, some)
+        yield found
+    if "by_samples" not in found:
+        found["by_samples"] = by_samples(sampler, tasks[0], n // 2, curve)
+        yield found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -334,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=200, help="problems per task")
     parser.add_argument("--samples", type=int, default=3, help="for each of the three seeds")
     parser.add_argument("--curve", type=int, default=64, help="most samples of the curve by samples")
+    parser.add_argument("--more", action="store_true", help="keep what the card has, measure what it lacks")
     args = parser.parse_args(argv)
     folder = ttc.nano.resolve(args.model) or Path(args.model)
     sampler = VllmSampler(folder)
@@ -342,9 +354,12 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(difficulty(sampler, task, args.n, args.samples)), flush=True)
         return
     info = card.read(folder)
-    info["evaluation"] = found = evaluate(sampler, info["tasks"], args.n, args.samples, args.curve)
-    info["typical_thinking_tokens"] = round(found["by_difficulty"][0]["thinking_tokens"]["median"])
-    card.write(folder, info)
+    known = info["evaluation"] if args.more else None
+    for found in evaluate(sampler, info["tasks"], args.n, args.samples, args.curve, known):
+        info["evaluation"] = found
+        info["typical_thinking_tokens"] = round(found["by_difficulty"][0]["thinking_tokens"]["median"])
+        card.write(folder, info)
+        print(f"{list(found)[-1]}: measured", flush=True)
 
 
 if __name__ == "__main__":
