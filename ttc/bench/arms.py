@@ -62,7 +62,7 @@ def ours(job: Job) -> Work:
         )  # fmt: skip
         run = Run(problems, engine, settings)
         written = {
-            r.problem_id: [b.completion.output_tokens for b in r.branches]
+            r.problem_id: [b.completion.output_tokens for b in sorted(r.branches, key=lambda b: b.index)]
             for r in run.results()
         }
         return run.status.charge.tokens, [written[p.id] for p in problems]

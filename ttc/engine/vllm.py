@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.attention.settings import KvSetting
+from ttc.engine.course import STEERING
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.errors import EngineError, InputError
@@ -37,9 +38,6 @@ QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # its logits-processor interface is another one
 }
-
-
-_STEERING = ("relative", "at_end", "min_thinking", "loop_repeats", "stop_below", "stop_window", "stop_top_k")
 
 
 @dataclass(slots=True)
@@ -231,7 +229,7 @@ class VLLMEngine:
         return ids
 
     def submit(self, ticket: int, request: Request) -> None:
-        from ttc.engine.control import CONTROLS, Control, instructions
+        from ttc.engine.control import CONTROLS, Control
 
         prefix = list(request.prefix_ids) or self._ids(request.prefix)
         ids = self._prompt_ids(request.problem, request.effort) + prefix
@@ -250,16 +248,24 @@ class VLLMEngine:
             if request.step_text and request.step_tokens < request.thinking_tokens:
                 control.step = self._step_ids(request.step_text)
             kv = self._kv(request)
-            self._add(ticket, ids, self._params(request, instructions(control) | _kv_args(kv, control)), kv)
+            self._add(ticket, ids, self._params(request, self._told(control) | _kv_args(kv, control)), kv)
         except ValueError as error:  # vLLM's own validation of this one request, or ours
+            CONTROLS.pop(control.key or 0, None)
             self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
             return
-        if self._in_process:
-            CONTROLS[control.key or 0] = control
         self._stats.requests += 1
         self._running[ticket] = _Running(control, ids, step_tokens=request.step_tokens, kv=kv)
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
+
+    def _told(self, control: Control) -> dict[str, Any]:
+        """What a request carries of its control: all of it, or in process its key (vLLM copies deeply what a request carries)."""
+        from ttc.engine.control import CONTROLS, EXTRA_ARGS_KEY, instructions
+
+        if not self._in_process:
+            return instructions(control)
+        CONTROLS[control.key or 0] = control
+        return {EXTRA_ARGS_KEY: {"key": control.key} | ({"step": control.step} if control.step else {})}
 
     def _kv(self, request: Request) -> KvSetting | None:
         """How a request reads the KV cache (None: all of it). Raises InputError for a budget under a page."""
@@ -282,7 +288,7 @@ class VLLMEngine:
         return {
             "triggers": [self._trigger_ids(text) for text in control.triggers],
             "at": list(control.at),
-            **{name: getattr(control, name) for name in _STEERING},
+            **{name: getattr(control, name) for name in STEERING},
         }
 
     def _trigger_ids(self, text: str) -> list[int]:
@@ -441,15 +447,13 @@ class VLLMEngine:
         self._add_fork(ticket, running, self._forked)
 
     def _add_fork(self, parent: int, running: _Running, ticket: int) -> None:
-        from ttc.engine.control import CONTROLS, Control, instructions
+        from ttc.engine.control import Control
 
         written = list(running.control.output)
         ids = running.context + written
         control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
-        extra = instructions(control) | _kv_args(running.kv, running.control)
+        extra = self._told(control) | _kv_args(running.kv, running.control)
         self._add(ticket, ids, self._sampling_params(Sampling(0.0), 0, self.room_tokens, extra), running.kv)
-        if self._in_process:
-            CONTROLS[control.key or 0] = control
         running.fork = ticket
         self._running[ticket] = _Running(control, ids, parent=parent, at=len(written))
 
