@@ -5,7 +5,8 @@ that into the highest price at which another vote is worth buying. A vote costs 
 thinking, and more where many branches brought no vote. Where the engine gives anytime answers,
 - a branch that repeats the leader in ``agree`` successive probes counts as a vote for it and is cut (``agree_other`` for another
   answer that has votes). It is probed from ``after`` of the first finished branch's length on: before that even an agreeing answer
-  is often a guess that many branches share.
+  is often a guess that many branches share. Only the first ``early`` branches count so: where more are wanted the case is close,
+  and a shared guess would decide it.
 - a branch that has used ``patience`` of the room for thinking is asked once: an answer that has votes counts, any other is dropped.
   Branches that long seldom answer rightly.
 
@@ -88,12 +89,13 @@ class Adaptive:
     ``level``, ``slope`` and ``spread`` are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set
     by hand, on both AIME pools. ``over`` is a policy of steered chains whose control every branch gets."""
 
-    max_samples: int = 16
+    max_samples: int = HORIZON
     price: float = 0.05
     confidence: float = 1.0
     width: int = 1
     agree: int = 2
     agree_other: int = 8
+    early: int = 4
     after: float = 0.85
     patience: float = 0.67
     probe_every: int = 500
@@ -216,7 +218,8 @@ class Adaptive:
             ballot.lengths[index] = tokens
             voted = vote is not None and vote in ballot.votes
             need = self.agree if vote == ballot.leader else self.agree_other
-            if (voted and times >= need) or tokens >= late:
+            heard = voted and times >= need and ballot.drawn < self.early
+            if heard or tokens >= late:
                 if vote is not None and not voted:
                     ballot.unheard[vote] = ballot.unheard.get(vote, 0) + 1
                 ballot.add(index, vote if voted else None, tokens)

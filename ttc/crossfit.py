@@ -18,17 +18,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttc.costmodel.accuracy import Estimate, bootstrap
-from ttc.costmodel.records import Floats, Pool
+from ttc.costmodel.records import Pool
 from ttc.jobs import Policy
 from ttc.policies import Adaptive, describe, parse
 from ttc.policies.posterior import fit
 from ttc.simulate import Replay, load, replay
+from ttc.sweep import budgets, draw
 
 PRICES = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
-WIDTHS = (1, 2, 3, 4, 6)
+WIDTHS = (1, 2, 4, 6, 8, 12)
 BASELINES = (
     "self-consistency?n=64", "adaptive-consistency", "adaptive-consistency?rule=dirichlet", "early-stopping", "parallel-probe",
 )  # fmt: skip
+OURS = (
+    "adaptive",
+    "adaptive?price=0.02",
+    "adaptive?width=3",
+    "adaptive?width=16",
+    "adaptive?width=24&price=0.0003",
+)
 SLACK = 0.005
 """The accuracy that a fitted price may give up against the best one."""
 
@@ -110,11 +118,8 @@ def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) ->
         add(BASELINES[0], reference)
         for baseline in BASELINES[1:]:
             add(baseline, replay(pool, parse(baseline), shuffles=shuffles))
-        for width in WIDTHS[:3]:
-            add(
-                "adaptive" + (f"?width={width}" if width > 1 else ""),
-                replay(pool, Adaptive(width=width), shuffles=shuffles),
-            )
+        for text_of in OURS:
+            add(text_of, replay(pool, parse(text_of), shuffles=shuffles))
         other = pools[i - 1]
         learnt = fitted(other, shuffles)
         add(f"{_short(learnt)} (fitted on {other.name})", replay(pool, learnt, shuffles=shuffles))
@@ -172,56 +177,32 @@ def text(r: Row) -> str:
     )
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """The frontiers, one panel a pool. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(found["frontiers"]), figsize=(6 * len(found["frontiers"]), 4.2), squeeze=False
-    )
-    for axis, (name, lines) in zip(axes[0], found["frontiers"].items(), strict=True):
-        for label, points in lines.items():
-            if "sequential" not in label:
-                xy: Floats = np.array(points)
-                axis.plot(
-                    xy[:, 0],
-                    100 * xy[:, 1],
-                    "o-" if "oracle" not in label else ":",
-                    label=label,
-                    markersize=3,
-                )
-        for r in found["rows"]:
-            if r["pool"] == name and r["policy"].split("?")[0] in (
-                "self-consistency",
-                "adaptive-consistency",
-                "parallel-probe",
-                "early-stopping",
-            ):
-                axis.plot(r["tokens"], 100 * r["accuracy"], "x")
-                axis.annotate(
-                    r["policy"], (r["tokens"], 100 * r["accuracy"]), fontsize=6, ha="right", va="top"
-                )
-        axis.set(xscale="log", xlabel="tokens a problem, probes charged", ylabel="accuracy, %", title=name)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ttc.simulate", description=__doc__)
-    parser.add_argument("command", choices=["fit"])
+    parser.add_argument("command", choices=["fit", "budgets"])
     parser.add_argument(
         "pools",
         nargs="+",
         type=Path,
         help="two pools or more; each is tested with what the one before it taught",
     )
-    parser.add_argument("--shuffles", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="a folder for crossfit.json and crossfit.png")
+    parser.add_argument("--shuffles", type=int, help="100 for fit, 20 for budgets, if not given")
+    parser.add_argument(
+        "--out", type=Path, help="a folder for crossfit.json, or for budgets.json and policies.png"
+    )
     given = parser.parse_args(arguments)
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if given.command == "budgets":
+        swept = budgets(given.pools, shuffles=given.shuffles or 20, say=say)
+        if given.out is not None:
+            (given.out / "budgets.json").write_text(json.dumps(swept, indent=1) + "\n")
+            draw(swept, given.out / "policies.png")
+        return
     heads = (
         "pool",
         "policy",
@@ -230,11 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"| {' | '.join(heads)} | tokens | sequential | probes | branches |")
     print("|---|---|---|---|---|---|---|---|")
-    found = crossfit(given.pools, shuffles=given.shuffles, say=lambda line: print(line, flush=True))
+    found = crossfit(given.pools, shuffles=given.shuffles or 100, say=say)
     if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "crossfit.json").write_text(json.dumps(found, indent=1) + "\n")
-        draw(found, given.out / "crossfit.png")
 
 
-__all__ = ["Point", "Row", "crossfit", "draw", "fitted", "main", "oracle"]
+__all__ = ["Point", "Row", "crossfit", "fitted", "main", "oracle"]
