@@ -1,0 +1,209 @@
+"""``ttc bench fidelity``: what sparse decoding costs in accuracy, and what its savings buy, on an embedded reasoner.
+
+The same problems and seeds under dense decoding and under every method and budget: accuracy of single samples and of votes, KV
+tokens read, eFLOPs. Then the question of Kinetics (arXiv 2506.05333) at equal cost: every arm is a curve of accuracy over eFLOPs
+(more samples; with ``caps``, also longer thoughts), and arms are compared where they cost what dense costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ttc import nano
+from ttc.attention.settings import KvSetting
+from ttc.errors import InputError
+
+VOTES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of decoding: a setting (None: dense), the engine's options beside it, a cap on the thought (None: the model's)."""
+
+    name: str
+    kv: KvSetting | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    cap: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """``problems`` of each task, ``samples`` of each, pages of ``page`` tokens."""
+
+    model: str
+    tasks: tuple[str, ...]
+    problems: int
+    samples: int
+    budgets: tuple[int, ...]
+    methods: tuple[str, ...]
+    caps: tuple[int, ...] = ()
+    page: int = 32
+    seed: int = 0
+
+    def arms(self, budgets_file: dict[str, str]) -> Iterator[Arm]:
+        """Dense, every method at every budget, then the extras at the middle budget: dense first layer, choices shared by layers or
+        steps, calibrated budgets; then dense and block-topk at each cap."""
+        yield Arm("dense")
+        for method in self.methods:
+            for budget in self.budgets:
+                yield Arm(f"{method} {budget}", KvSetting(budget, method))
+        middle = KvSetting(self.budgets[len(self.budgets) // 2])
+        extras: dict[str, dict[str, Any]] = {
+            "first layer dense": {"dense_layers": 1}, "2 layers share": {"share_layers": 2}, "4 layers share": {"share_layers": 4},
+            "4 steps share": {"share_steps": 4}, "16 steps share": {"share_steps": 16},
+        } | {f"budgets by {by}": {"budgets": path} for by, path in budgets_file.items()}  # fmt: skip
+        for name, options in extras.items():
+            yield Arm(f"{middle.method} {middle.budget}, {name}", middle, options)
+        for cap in self.caps:
+            for kv in (None, *(KvSetting(budget) for budget in self.budgets)):
+                yield Arm(f"{'dense' if kv is None else f'{kv.method} {kv.budget}'}, cap {cap}", kv, {}, cap)
+
+
+def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
+    """A row for each arm: accuracy of one sample and of votes, with costs; agreement with dense sample by sample."""
+    from ttc.api import Run, Settings
+    from ttc.attention.budgets import calibrate, save
+    from ttc.attention.settings import CONFIG_KEY
+    from ttc.curves import vote_curve
+    from ttc.engine.vllm import VLLMEngine
+    from ttc.problems import from_task
+
+    problems = [p for task in study.tasks for p in from_task(task, study.problems, study.seed)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for by in ("heads", "layers"):
+            made = calibrate(
+                study.model, study.tasks, problems=8, page=study.page, seed=study.seed + 1, by=by
+            )
+            files[by] = str(Path(folder) / f"{by}.json")
+            save(made, Path(files[by]))
+            say(f"calibrated by {by}: {made}")
+        rows: list[dict[str, Any]] = []
+        texts: dict[tuple[str, int], str] = {}
+        engine, opened = None, None
+        for arm in study.arms(files):
+            if opened != arm.options:
+                if engine is not None:
+                    engine.close()
+                told = {"additional_config": {CONFIG_KEY: arm.options}}
+                engine, opened = (
+                    VLLMEngine(study.model, concurrency=64, kv_page=study.page, engine_args=told),
+                    arm.options,
+                )
+            assert engine is not None
+            settings = Settings(
+                policy=f"self-consistency?n={study.samples}", budget="1G tokens", seed=study.seed,
+                kv_budget=arm.kv.budget if arm.kv else None, kv_method=arm.kv.method if arm.kv else None,
+                max_thinking_tokens=arm.cap,
+            )  # fmt: skip
+            done = Run(problems, engine, settings)
+            results = sorted(done.results(), key=lambda r: r.problem_id)
+            branches = [b for r in results for b in r.branches]
+            if not texts:
+                texts = {(b.problem_id, b.index): b.completion.text for b in branches}
+            tokens = sum(b.completion.output_tokens for b in branches)
+            context = sum(
+                b.completion.prompt_tokens + i for b in branches for i in range(1, b.completion.output_tokens)
+            )
+            charge = done.status.charge
+            curve = vote_curve(results, VOTES, seed=study.seed)
+            rows.append(
+                {
+                    "arm": arm.name, "budget": arm.kv.budget if arm.kv else None, "method": arm.kv.method if arm.kv else None,
+                    "options": {k: v for k, v in arm.options.items() if k != "budgets"}, "cap": arm.cap,
+                    "tokens_per_sample": tokens / len(branches), "context_per_token": context / tokens,
+                    "kv_read": charge.kv_tokens / context, "eflops_per_sample": charge.eflops / len(branches),
+                    "same_as_dense": sum(texts.get((b.problem_id, b.index)) == b.completion.text for b in branches) / len(branches),
+                    "votes": [{"votes": p.votes, "accuracy": p.accuracy, "low": p.low, "high": p.high} for p in curve],
+                }
+            )  # fmt: skip
+            say(f"{arm.name}: {curve[0].accuracy:.1%}, {charge.kv_tokens / context:.0%} of the KV read")
+        if engine is not None:
+            engine.close()
+    return rows
+
+
+def at_equal_cost(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each arm and each cost of dense votes: the arm's accuracy there (linear in the logarithm of the cost between its own
+    points; None outside them), beside dense's."""
+    found = []
+    dense = rows[0]
+    for row in rows[1:]:
+        for point in dense["votes"]:
+            cost = point["votes"] * dense["eflops_per_sample"]
+            here = _accuracy_at(row, cost)
+            if here is not None:
+                found.append({"arm": row["arm"], "dense_votes": point["votes"], "eflops": cost, "dense": point["accuracy"],
+                              "accuracy": here, "gain": here - point["accuracy"]})  # fmt: skip
+    return found
+
+
+def _accuracy_at(row: dict[str, Any], cost: float) -> float | None:
+    points = [(p["votes"] * row["eflops_per_sample"], p["accuracy"]) for p in row["votes"]]
+    for (low, a), (high, b) in pairwise(points):
+        if low <= cost <= high:
+            return float(a + (b - a) * math.log(cost / low) / math.log(high / low))
+    return None
+
+
+def main(
+    *, model: str, tasks: Sequence[str], problems: int, samples: int, budgets: Sequence[int], methods: Sequence[str],
+    caps: Sequence[int], page: int, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Run the study; print tables, or one JSON object."""
+    from rich.console import Console
+
+    known = {m.name: m for m in nano.catalog()}
+    if model not in known:
+        raise InputError(
+            f"model: the study runs on an embedded reasoner, not {model!r}; use one of {', '.join(known)}"
+        )
+    for method in methods:
+        for budget in budgets:
+            KvSetting(budget, method).check_page(page)
+    study = Study(
+        model, tuple(tasks) or known[model].tasks[:1], problems, samples, tuple(budgets), tuple(methods), tuple(caps), page, seed
+    )  # fmt: skip
+    rows = run(study, Console(stderr=True, highlight=False).print)
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
+    report = {"study": asdict(study), "rows": rows, "equal_cost": at_equal_cost(rows), "machine": machine}
+    if as_json:
+        print(json.dumps(report))
+        return
+    _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from ttc.cli.render import stdout
+
+    study = report["study"]
+    title = f"{study['model']}, {study['problems']} problems × {study['samples']} samples of {', '.join(study['tasks'])}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("arm", "one sample", "95 %", "all vote", "KV read", "MeFLOPs", "same text"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for row in report["rows"]:
+        first, last = row["votes"][0], row["votes"][-1]
+        table.add_row(
+            row["arm"], f"{first['accuracy']:.1%}", f"{first['low']:.1%} to {first['high']:.1%}", f"{last['accuracy']:.1%}",
+            f"{row['kv_read']:.0%}", f"{row['eflops_per_sample'] / 1e6:,.0f}", f"{row['same_as_dense']:.0%}",
+        )  # fmt: skip
+    stdout.print(table)
+    equal = Table(title="accuracy at the cost of dense votes", title_justify="left")
+    for heading in ("arm", "dense votes", "dense", "arm at that cost", "gain"):
+        equal.add_column(heading, justify="left" if heading == "arm" else "right")
+    for each in report["equal_cost"]:
+        equal.add_row(
+            each["arm"], str(each["dense_votes"]), f"{each['dense']:.1%}", f"{each['accuracy']:.1%}", f"{each['gain']:+.1%}"
+        )  # fmt: skip
+    stdout.print(equal)
