@@ -281,6 +281,8 @@ INSTRUCTIONS = (
     "stop_window", "stop_top_k", "seed", "opened",
 )  # fmt: skip
 """What a request may ask for."""
+STEERING = ("relative", "at_end", "min_thinking", "loop_repeats", "stop_below", "stop_window", "stop_top_k")
+"""Of these, what ``ttc.types.Control`` has under the same name and needs no tokenizer."""
 DEFAULTS: Mapping[str, Any] = {name: getattr(Course(), name) for name in INSTRUCTIONS}
 
 
