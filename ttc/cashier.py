@@ -49,6 +49,8 @@ class Cashier:
                 0, thinking // every + -start // every + 1
             )  # multiples of every in [start, thinking]
         passes = info.prompt_passes
+        if passes > 1 and request.control is not None:
+            passes += request.control.most_insertions
         prompt = job.prompt_tokens + (
             len(request.prefix_ids) or len(request.prefix)
         )  # a token has a character or more

@@ -101,8 +101,9 @@ class Control:
     stop_top_k: int = 20
 
     @property
-    def measures(self) -> bool:
-        return self.stop_below is not None
+    def most_insertions(self) -> int:
+        """How often something may be inserted: continuation requests, where a server can't do it itself."""
+        return len(self.at) + self.at_end + self.min_thinking
 
 
 @dataclass(frozen=True, slots=True)

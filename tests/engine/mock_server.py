@@ -198,7 +198,9 @@ class MockServer:
             tokens = tokens * (cap // max(len(tokens), 1) + 1) if not script.deaf else tokens * 1000
         ids = ([ord(c) for c in tokens] + [END])[:cap]
         stopped = len(ids) <= len(tokens) or len(tokens) < cap
-        finish = "stop" if stopped and ids[-1] == END else "length"
+        ends = [i for i, token in enumerate(ids) if token in call.body.get("stop_token_ids", ())]
+        ids = ids[: ends[0] + 1] if ends else ids
+        finish = "stop" if ends or (stopped and ids[-1] == END) else "length"
         if script.whole:
             self.sampled += len(ids)
             message = {"role": "assistant", "content": script.text[:cap]}
@@ -235,7 +237,8 @@ class MockServer:
     def _event(
         self, call: Call, script: Script, sent: int, part: list[int], finish: str | None
     ) -> Mapping[str, Any]:
-        text = "".join(chr(i) for i in part if i != END)
+        hidden = (END, *call.body.get("stop_token_ids", ()))
+        text = "".join(chr(i) for i in part if i not in hidden)
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         if call.path == "/v1/completions":
             choice |= {"text": text, "token_ids": part}

@@ -11,9 +11,11 @@ server may have sampled, and the next has that much less. Hence, whatever the se
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from ttc.engine.course import Course
 from ttc.engine.http_stream import Delta, Usage
 from ttc.types import AnswerFormat, Completion, Finish, Request
 
@@ -77,7 +79,8 @@ class _Call:
 class HTTPBranch:
     """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the
     chat template itself opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold
-    back between two events."""
+    back between two events. ``course``: how the thought is steered; by the server itself (``native``), or by ending
+    calls at each checkpoint and writing the trigger into the next prompt."""
 
     request: Request
     form: AnswerFormat
@@ -87,6 +90,8 @@ class HTTPBranch:
     prompt: int
     prompt_opens: bool | None
     unseen: int = 0
+    course: Course | None = None
+    native: bool = False
     text: str = ""
     ids: list[int] = field(default_factory=list)
     ids_known: bool = True
@@ -111,7 +116,15 @@ class HTTPBranch:
     def next_tokens(self) -> int:
         """``max_tokens`` of the next call, once what must stand before it is inserted; 0: all is done."""
         if not self.answering:
-            left = self.thinking - self.generated
+            left = self.thinking - self.generated - self.forced
+            if (
+                self.course is not None
+                and not self.native
+                and self.ids_known
+                and left > 0
+                and not self.steered
+            ):
+                left = min(left, self._follow(self.course))
             if self._last == "stop" and self._answered():
                 return 0
             if self._last not in ("stop", "length") and left > 0 and not self.steered:
@@ -148,6 +161,65 @@ class HTTPBranch:
         """Forget a thought that was cut and that the server can't go on from. What it cost stays charged."""
         if self._last == "cut" and not self.answering:
             self.text, self.ids, self._folding = "", [], False
+
+    # -- steering ----------------------------------------------------------------------------------
+    def steering(self) -> dict[str, Any]:
+        """Fields of the next call: instructions for a server that executes them, else where to stop."""
+        course = self.course
+        if course is None or self.answering:
+            return {}
+        if self.native and not self.ids:
+            return {"vllm_xargs": {"ttc": json.dumps(course.instructions())}}
+        self.native = False  # a call that goes on behind a break: positions have moved
+        guarded = course.ends_used < course.at_end or len(self.ids) < course.min_thinking
+        if guarded and not course.thought_closed():
+            return {"stop_token_ids": course.think_close[-1:]}
+        return {}
+
+    def _follow(self, course: Course) -> int:
+        """Write what is due at this point of the thought; returns the tokens until something may be due again."""
+        if self._last == "cut" and course.output != self.ids:
+            course.output[:] = self.ids
+            course.read_back()
+        course.output[:] = self.ids
+        if self._last == "stop" and self.ids:
+            self._stopped(course)
+        while self._last != "stop" and course.next_position() <= len(self.ids) and not course.done:
+            course.arrive()
+            self._write(course)
+        if self._last == "length" and len(self.ids) < course.due:
+            self._last = ""
+        return (
+            max(course.next_position() - len(self.ids), 0) if not course.thought_closed() else self.thinking
+        )
+
+    def _stopped(self, course: Course) -> None:
+        """The model would end its thought, or its text: where the course stands in for that, do so and go on."""
+        last = self.ids.pop()
+        course.output[:] = self.ids
+        if course.thought_closed():
+            self.ids.append(last)
+        elif course.guards_end() and not course.forbids_end():
+            course.end_came()
+            self._write(course)
+            self._last = ""
+        else:
+            self.ids.append(last)
+            if last == course.think_close[-1]:  # a stop of ours, which the text does not show
+                self.text, self._last = self.text + self.form.think_close, ""
+        course.output[:] = self.ids
+
+    def _write(self, course: Course) -> None:
+        if course.forcing():
+            span = course.span[len(self.ids) - course.span_at :]
+            self.ids += span
+            self.text += self.trigger_texts[(course.begun - 1) % len(self.trigger_texts)]
+            self.forced += len(span)
+            course.output[:] = self.ids
+
+    @property
+    def trigger_texts(self) -> tuple[str, ...]:
+        return self.request.control.triggers if self.request.control is not None else ()
 
     def _never_interrupted(self) -> bool:
         """True if nothing could be inserted at the thinking cap, so that one call can have it all."""
@@ -261,12 +333,20 @@ class HTTPBranch:
 
     # -- the end -----------------------------------------------------------------------------------
     def completion(self, finish: Finish, error: str = "") -> Completion:
+        inserted = triggers = 0
+        if self.course is not None:
+            if self.native:
+                self.course.output[:] = self.ids
+                self.course.read_back()
+                inserted = self.course.forced
+            triggers = self.course.begun
         return Completion(
             text=self.text,
             finish=finish,
             prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated,
-            forced_tokens=self.forced,
+            generated_tokens=self.generated - inserted,
+            forced_tokens=self.forced + inserted,
+            triggers=triggers,
             cached_tokens=self.cached_tokens,
             token_ids=tuple(self.ids) if self.ids_known else (),
             closed=self.closed_by_force,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from ttc.engine.course import STEERING, Course
 from ttc.engine.http_branch import BYTES_PER_TOKEN, HTTPBranch, Spans
 from ttc.engine.http_server import Server
 from ttc.engine.http_stream import CallFailed, Delta, one_line
@@ -46,6 +47,7 @@ class Setting:
     slots: asyncio.Semaphore
     unreachable: str = ""
     prompts: dict[tuple[str, float | None], list[int]] = field(default_factory=dict)
+    spelt: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def room_tokens(self) -> int:
@@ -61,6 +63,14 @@ class Setting:
                 self.prompts.clear()
             self.prompts[key] = ids
         return ids
+
+    async def span_ids(self, text: str) -> list[int]:
+        """The ids of a text to insert. Raises CallFailed where it has none."""
+        if text not in self.spelt:
+            self.spelt[text] = await self.server.tokenize(text=text) if text else []
+            if not self.spelt[text]:
+                raise CallFailed(f"{text!r} is no token of this model's, so it can't be forced", again=False)
+        return self.spelt[text]
 
     def backoff(self, failures: int, failure: CallFailed, lot: random.Random) -> float:
         """Seconds until the next try: doubling, between half and whole of it by lot, never before the
@@ -133,7 +143,8 @@ class Runner:
                 if failure.changed:
                     continue
                 self.failures += 1
-                spent = branch is not None and branch.least_passes > PROMPT_PASSES
+                passes = PROMPT_PASSES + (self.request.control.most_insertions if self.request.control else 0)
+                spent = branch is not None and branch.least_passes > passes
                 if not failure.again or spent or self.failures > self.setting.max_retries:
                     raise
                 LOG.info("seed %d, failure %d: %s", self.request.seed, self.failures, failure)
@@ -183,6 +194,25 @@ class Runner:
             prompt=prompt,
             prompt_opens=setting.prompt_opens,
             unseen=server.stream_interval - 1 if server.is_vllm else 0,
+            course=await self._course(thinking) if request.control is not None else None,
+            native=bool(server.steers),
+        )
+
+    async def _course(self, thinking: int) -> Course:
+        """The request's control in this model's tokens. Raises CallFailed also for what no server can do."""
+        request, server = self.request, self.setting.server
+        control = request.control
+        if control is None or not server.exact:
+            raise CallFailed("the server has no /tokenize, so no chain can be steered there", again=False)
+        await server.learn_plugin()
+        delimiter = await self.setting.span_ids(self.setting.form.think_close)
+        return Course(
+            due=thinking,
+            think_close=delimiter,
+            triggers=[await self.setting.span_ids(text) for text in control.triggers],
+            seed=request.seed,
+            **{name: getattr(control, name) for name in STEERING if name != "at"},
+            at=list(control.at),
         )
 
     async def _attempt(self, branch: HTTPBranch, max_tokens: int, wait_s: float) -> None:
@@ -215,7 +245,7 @@ class Runner:
             written = branch.ids if branch.ids_known else await server.tokenize(text=branch.text)
             ids = self.prompt_ids + written
             return "/v1/completions", server.completion_body(
-                request, ids, max_tokens, seed, answering=answering
+                request, ids, max_tokens, seed, answering=answering, steering=branch.steering()
             )
         body = server.chat_body(request, branch.turn, max_tokens, seed, answering=answering)
         return "/v1/chat/completions", body

@@ -6,6 +6,7 @@ name are left out from then on, with one warning each); knows nothing of branche
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,8 @@ def base_url(text: str) -> str:
 class Server:
     """A server and what was learned of it. ``exact``: prompts and continuations are token ids (/tokenize and
     /v1/completions); ``continues``: a chat may end in a half-written assistant turn; ``seeds``: requests
-    carry theirs (None: where the server is not vLLM). Use from one event loop only."""
+    carry theirs (None: where the server is not vLLM); ``steers``: ttc's plugin is loaded there (None: not
+    asked yet). Use from one event loop only."""
 
     url: str
     api_key: str | None
@@ -79,10 +81,12 @@ class Server:
     is_vllm: bool = False
     exact: bool = False
     continues: bool = False
+    steers: bool | None = None
     max_field: str = "max_tokens"
     refused: set[str] = field(default_factory=set)
     _client: httpx.AsyncClient | None = None
     _said: set[str] = field(default_factory=set)
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def client(self) -> httpx.AsyncClient:
@@ -144,6 +148,28 @@ class Server:
                 "the call and forced tokens are estimates"
             )
 
+    async def learn_plugin(self) -> bool:
+        """Whether the server executes instructions (``ttc.engine.control``): one that does refuses a wrong one
+        by name. One that does not writes a token, which is in no one's budget. Raises CallFailed."""
+        async with self._asking:
+            if self.steers is None:
+                ids = await self.tokenize(text="Hi")
+                body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
+                body |= {"vllm_xargs": {"ttc": '{"?": 0}'}}
+                try:
+                    await stream_call(self.client, "/v1/completions", body, lambda delta: True)
+                    self.steers = False
+                except CallFailed as failure:
+                    if failure.again or failure.status not in (400, 422):
+                        raise
+                    self.steers = "ttc" in str(failure)
+                if not self.steers:
+                    self.say_once(
+                        "ttc's plugin is not loaded there, so chains are steered by continuation requests: each "
+                        "trigger is a call of its own and pays its prompt again"
+                    )
+            return self.steers
+
     async def _exists(self, path: str) -> bool:
         try:
             return (await self.client.get(path)).status_code != 404  # 405: it is there, for POST
@@ -201,11 +227,19 @@ class Server:
         return False
 
     def completion_body(
-        self, request: Request, prompt_ids: Sequence[int], max_tokens: int, seed: int, *, answering: bool
+        self,
+        request: Request,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        *,
+        answering: bool,
+        steering: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The body of a /v1/completions call on token ids; ``answering``: it may not come back empty."""
+        """The body of a /v1/completions call on token ids; ``answering``: it may not come back empty;
+        ``steering``: fields that make the server steer, or stop where the client will."""
         body = self._common(request, max_tokens, seed, answering)
-        body |= {"prompt": list(prompt_ids), "return_token_ids": True}
+        body |= {"prompt": list(prompt_ids), "return_token_ids": True, **steering}
         if "mean-logprob" in request.signals:
             body["logprobs"] = 0
         return self._allowed(body)

@@ -30,7 +30,7 @@ from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, c
 from ttc.engine.http_stream import CallFailed
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.errors import EngineError, InputError, TTCError
-from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
 
 if TYPE_CHECKING:
     from ttc.costmodel import ModelShape
@@ -184,6 +184,34 @@ class OpenAIEngine:
                 failure = error
                 time.sleep(max(failure.wait_s, self._setting.backoff_s * 2.0**failures))
         raise EngineError(f"{self._server.url} can't tokenise the prompt: {failure}", retryable=True)
+
+    def check_control(self, control: Control) -> None:
+        """Raise InputError for a control that this server can't execute, with its plugin or without."""
+        name, form = self._info.model, self._setting.form
+        if not form.think_close:
+            raise InputError(
+                f"think-close: {name} has no delimiter that ends a thought, so nothing can be forced inside one; name it"
+                " with --think-close, or use a policy that does not steer"
+            )
+        if not self._server.exact:
+            raise InputError(
+                f"engine: {self._server.url} has no /tokenize or no /v1/completions, so no chain can be steered there; use a"
+                " vLLM server, or a policy that does not steer"
+            )
+        try:
+            native = self._call(self._server.learn_plugin())
+            delimiter = self._call(self._setting.span_ids(form.think_close))
+            for text in control.triggers:
+                self._call(self._setting.span_ids(text))
+        except CallFailed as error:
+            raise InputError(f"trigger: {error}; give some words") from error
+        needs = bool(control.loop_repeats) or control.stop_below is not None
+        needs = needs or (control.min_thinking > 0 and not control.triggers)
+        if not native and (needs or len(delimiter) > 1):
+            raise InputError(
+                f"engine: {self._server.url} runs without ttc's plugin, and loops, confidence, and a least thinking without a"
+                " trigger are seen only inside the engine; install ttc beside that vLLM"
+            )
 
     def submit(self, ticket: int, request: Request) -> None:
         self._on_loop(self._start, ticket, request)

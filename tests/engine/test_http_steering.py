@@ -1,0 +1,139 @@
+"""Steering over HTTP by continuation requests, on a scripted server that has no plugin: one character a token."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+
+from tests.conftest import make_problems
+from tests.engine.mock_server import Call, MockServer, Script
+from ttc.api import _check_control
+from ttc.engine.openai import OpenAIEngine
+from ttc.errors import InputError
+from ttc.policies import parse
+from ttc.types import AnswerFormat, Completion, Control, Request, Sampling
+
+CLOSE = "#"
+FORM = AnswerFormat(think_open="<", think_close=CLOSE, close_text=CLOSE, answer_tokens=6)
+SEED = 0
+
+
+def thinker(lengths: list[int]):  # type: ignore[no-untyped-def]
+    """A model that thinks so many tokens each time it is asked to think (the last length again and again), then answers 42."""
+    calls = 0
+
+    def model(call: Call) -> Script:
+        nonlocal calls
+        if call.body.get("vllm_xargs"):
+            return Script("x")  # no plugin: the instructions are nothing to it
+        if CLOSE in call.prompt.rpartition("<")[2]:
+            return Script("42")
+        length = lengths[min(calls, len(lengths) - 1)]
+        calls += 1
+        return Script("t" * length + CLOSE + "42")
+
+    return model
+
+
+def run(engine: OpenAIEngine, requests: list[Request]) -> list[Completion]:
+    done: dict[int, Completion] = {}
+    for ticket, each in enumerate(requests):
+        engine.submit(ticket, each)
+    while len(done) < len(requests):
+        done |= dict(engine.step().finished)
+    return [done[i] for i in range(len(requests))]
+
+
+def asked(control: Control, cap: int = 100, index: int = 0) -> Request:
+    return Request(make_problems(1)[0], index, index, cap, Sampling(), control=control)
+
+
+def solve(lengths: list[int], *requests: Request) -> tuple[list[Completion], MockServer]:
+    with MockServer(thinker(lengths), opens="<") as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+        try:
+            return run(engine, list(requests)), server
+        finally:
+            engine.close()
+
+
+def test_triggers_stand_at_their_checkpoints() -> None:
+    [done], server = solve([500], asked(Control(("AB", "C"), (10, 20))))
+    assert done.text == "t" * 10 + "AB" + "t" * 8 + "C" + "t" * 79 + CLOSE + "42"
+    assert (done.triggers, done.forced_tokens, done.closed) == (2, 4, True)
+    assert done.generated_tokens == server.sampled - 1, "one token was spent on asking for the plugin"
+    assert done.prompt_tokens == server.prompted - 2
+
+
+def test_ends_of_the_thought_are_replaced() -> None:
+    [done], server = solve([12, 7, 9], asked(Control(("AB",), at_end=2)))
+    assert done.text == "t" * 12 + "AB" + "t" * 7 + "AB" + "t" * 9 + CLOSE + "42"
+    assert done.triggers == 2
+    assert done.finish == "stop"
+    assert done.generated_tokens == server.sampled - 1
+    assert done.generated_tokens + done.forced_tokens == len(done.token_ids) + 2, (
+        "two ends were sampled and replaced"
+    )
+
+
+def test_a_least_thinking_gets_triggers_until_it_is_reached() -> None:
+    [done], _ = solve([5], asked(Control(("AB",), min_thinking=30)))
+    assert done.text.index(CLOSE) >= 30
+    assert done.text.endswith(CLOSE + "42")
+
+
+def test_a_finished_thought_gets_no_trigger() -> None:
+    [done], _ = solve([5], asked(Control(("AB",), (10, 20))))
+    assert done.text == "ttttt" + CLOSE + "42"
+    assert done.triggers == 0
+
+
+def test_caps_hold_whatever_is_asked() -> None:
+    rng = random.Random(SEED)
+    requests = [
+        asked(
+            Control(
+                tuple(rng.sample(["A", "BCD", "EF"], 2)), tuple(sorted(rng.sample(range(1, 60), 3))),
+                relative=rng.random() < 0.3, at_end=rng.randint(0, 2), min_thinking=rng.choice([0, 20]),
+            ),
+            cap=rng.randint(1, 60), index=i,
+        )
+        for i in range(60)
+    ]  # fmt: skip
+    done, server = solve([3, 8, 200, 1, 30], *requests)
+    for request, completion in zip(requests, done, strict=True):
+        assert completion.finish in ("stop", "length")
+        assert completion.text.index(CLOSE) <= request.thinking_tokens
+        assert completion.text.rpartition(CLOSE)[2], "never an empty answer"
+        assert completion.output_tokens <= request.thinking_tokens + 7
+    assert sum(c.generated_tokens for c in done) == server.sampled - 1
+
+
+def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        solve([50], *(asked(Control(("A",), (5,)), index=i) for i in range(4)))
+    assert sum("plugin is not loaded" in r.message for r in caplog.records) == 1
+
+
+def test_what_needs_the_plugin_is_refused_without_it() -> None:
+    with MockServer(thinker([50]), opens="<") as server:
+        engine = OpenAIEngine(server.url, format=FORM)
+        try:
+            _check_control(parse("iterative-deepening"), engine)
+            _check_control(parse("budget-forcing"), engine)
+            for policy in ("plain?loops=4", "plain?stop_below=1", "plain?least=20"):
+                with pytest.raises(InputError, match="plugin"):
+                    _check_control(parse(policy), engine)
+            with pytest.raises(InputError, match="step by step"):
+                _check_control(parse("beam"), engine)
+        finally:
+            engine.close()
+    with MockServer(thinker([50]), exact=False) as server:
+        engine = OpenAIEngine(server.url, format=FORM)
+        try:
+            with pytest.raises(InputError, match="/tokenize"):
+                _check_control(parse("budget-forcing"), engine)
+        finally:
+            engine.close()
