@@ -35,7 +35,7 @@ STRAY, STRAY_MEAN, STRAY_SPREAD = 0.1, 0.5, 2.0
 HORIZON = 24
 """Votes to which the table looks ahead; beyond it sampling stops."""
 _PRICES = np.exp(np.linspace(np.log(1e-4), np.log(0.6), 60))
-_PROBLEMS, _ANSWERS, _SEEN = 16_000, 32, 8
+_PROBLEMS, _ANSWERS, _SEEN = 8_000, 24, 6
 _X = np.linspace(-4.5, 0.5, 101)
 _NORMAL = np.random.default_rng(1).standard_normal(4000)
 Floats = NDArray[np.float64]
