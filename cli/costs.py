@@ -41,7 +41,7 @@ __all__ = ["calibrate", "cost", "frontier", "plan"]
 if TYPE_CHECKING:
     from ttc.costmodel import ModelShape
     from ttc.costmodel.points import Point, Tariff
-    from ttc.costmodel.records import Curve, Pool
+    from ttc.costmodel.records import Curve, Pool, Replayed
 
 
 def cost(
@@ -152,7 +152,10 @@ def plan(
     model: Models = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="Measured accuracy: pools, curves, traces, run folders; repeat."),
+        typer.Option(
+            "--data",
+            help="Measured accuracy: pools, curves, traces, run folders, output of ttc simulate --json; repeat.",
+        ),
     ] = None,
     task: Task = None,
     rule: Rule = "vote",
@@ -395,7 +398,7 @@ def _tariff(
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     pools: list[Pool]
-    sources: list[Pool | Curve]
+    sources: list[Pool | Curve | Replayed]
     points: list[Point]
 
 
@@ -407,11 +410,12 @@ def _load(
     from ttc.costmodel.pools import read_all
 
     pools, curves = read_all(data)
-    nameless = [p for p in pools if p.model is None]
+    nameless = [str(getattr(x, "name", getattr(x, "source", ""))) for x in (*pools, *curves) if not x.model]
     if nameless and len(models) != 1:
-        raise InputError(f"{nameless[0].name}: which model made it is not said; give one --model")
+        raise InputError(f"{nameless[0]}: which model made it is not said; give one --model")
     pools = [replace(p, model=models[0]) if p.model is None else p for p in pools]
-    sources: list[Pool | Curve] = [*pools, *curves]
+    curves = [replace(c, model=models[0]) if not c.model else c for c in curves]
+    sources: list[Pool | Curve | Replayed] = [*pools, *curves]
     tasks = sorted({x.task for x in sources if x.task})
     if task is not None and tasks and task not in tasks:
         raise InputError(f"--task {task!r} is in none of the files; they hold {', '.join(tasks)}")

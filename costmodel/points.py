@@ -18,7 +18,7 @@ import numpy as np
 from ttc.costmodel.accuracy import Estimate, bootstrap, pool_accuracy
 from ttc.costmodel.costs import KINETICS_INTENSITY, Cost, full, kinetics
 from ttc.costmodel.hardware import Hardware
-from ttc.costmodel.records import Curve, Floats, Pool
+from ttc.costmodel.records import Curve, Floats, Pool, Replayed
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
 
@@ -131,13 +131,16 @@ class Point:
     effort: float | None = None
     source: str = ""
     note: str = ""
+    policy: str = ""
     per_problem: Floats | None = field(default=None, repr=False)
     problem_price: Price | None = field(default=None, repr=False)
 
     def label(self) -> str:
         """``Qwen3-8B, vote of 8, 16k tokens, KV 4k``."""
         parts = [self.model, "1 chain" if self.samples == 1 else f"{self.sampler} of {self.samples}"]
-        if self.thinking_tokens is not None:
+        if self.policy:
+            parts = [self.model, self.policy, f"mean {_k(self.price.tokens)} tokens"]
+        elif self.thinking_tokens is not None:
             uncut = math.isinf(self.thinking_tokens)
             parts.append("uncut" if uncut else f"thinking ≤ {_k(self.thinking_tokens)}")
         else:
@@ -159,6 +162,7 @@ class Point:
             "thinking_tokens": None if cap is None or math.isinf(cap) else cap,
             "kv_budget": self.kv_budget,
             "effort": self.effort,
+            "policy": self.policy or None,
             "accuracy": self.accuracy.mean if self.accuracy else None,
             "accuracy_ci95": _interval(self.accuracy),
             "tokens": float(self.price.tokens),
@@ -301,6 +305,34 @@ def curve_points(
     return points
 
 
+def replayed_point(
+    replayed: Replayed, shape: ModelShape, tariff: Tariff, spread: Spread | None = None
+) -> Point:
+    """A policy as ``ttc simulate`` found it: its mean tokens, over its mean number of chains."""
+    length = replayed.tokens / replayed.samples
+    ratio = spread(length) if spread else 1.0
+    price = tariff.price(shape, _two_lengths(length, ratio), 1, None).mean()
+    n = replayed.samples
+    shared = Price(price.kinetics * n, price.full * n, price.seconds * n, price.tokens * n)
+    return Point(
+        model=shape.name,
+        params=shape.params,
+        sampler="policy",
+        samples=max(1, round(n)),
+        thinking_tokens=None,
+        kv_budget=None,
+        price=shared,
+        peak=None,
+        accuracy=Estimate(replayed.accuracy, replayed.low, replayed.high),
+        task=replayed.task,
+        source=replayed.source,
+        note=f"E[L²]/E[L]² {ratio:.2f} as in a pool of this task"
+        if spread
+        else "all chains taken as equally long",
+        policy=replayed.policy,
+    )
+
+
 def kv_points(curve: Curve, shape: ModelShape, tariff: Tariff, lengths: Floats, origin: str) -> list[Point]:
     """One uncut chain at each KV budget of a published table, with the lengths that ``origin`` shows for
     this task."""
@@ -327,7 +359,7 @@ def kv_points(curve: Curve, shape: ModelShape, tariff: Tariff, lengths: Floats, 
 
 def all_points(
     pools: Sequence[Pool],
-    curves: Sequence[Curve],
+    curves: Sequence[Curve | Replayed],
     tariff: Tariff,
     *,
     shapes: Mapping[str, ModelShape] | None = None,
@@ -350,6 +382,9 @@ def all_points(
         points += pool_points(pool, shape_of(pool.model, pool.name), tariff, rule=rule, samples=samples)
     for curve in (c for c in curves if task is None or c.task == task):
         shape = shape_of(curve.model, curve.source)
+        if isinstance(curve, Replayed):
+            points.append(replayed_point(curve, shape, tariff, spread_of(wanted_pools, curve.task)))
+            continue
         if curve.axis == "tokens":
             points += curve_points(curve, shape, tariff, spread_of(wanted_pools, curve.task))
         else:

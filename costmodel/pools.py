@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 
 from ttc.costmodel.ledgers import pool_of_run
-from ttc.costmodel.records import Curve, Floats, Pool, PooledProblem, rows_of
+from ttc.costmodel.records import Curve, Floats, Pool, PooledProblem, Replayed, rows_of
 from ttc.errors import InputError
 
 NO_ANSWER = {"", "ERR", "None", "none", "null"}
 CHARS_PER_TOKEN = 3.2  # for traces that keep text and no counts; our rough figure for English mathematics
 
 
-def read(path: str | Path, **labels: Any) -> list[Pool] | list[Curve]:
-    """Whatever ``path`` holds: a pool, a table of curves, a Kinetics trace, or a run directory of ours.
+def read(path: str | Path, **labels: Any) -> list[Pool] | list[Curve] | list[Replayed]:
+    """Whatever ``path`` holds: a pool, a table of curves, a Kinetics trace, a run directory of ours, or what
+    ``ttc simulate --json`` printed.
 
     ``labels`` (model, task, kv_budget, …) override what the file says or its name suggests. Raises
     InputError.
@@ -51,6 +52,8 @@ def read(path: str | Path, **labels: Any) -> list[Pool] | list[Curve]:
         return _token_curves(data, str(path))
     if isinstance(data, dict) and "benchmarks" in data:
         return _kv_curves(data, str(path))
+    if isinstance(data, dict) and "policy" in data and "tokens_per_problem" in data:
+        return [_replayed(data, str(path))]
     if isinstance(data, list) and data:
         return [_probed_pool(data, path, **labels)]
     raise InputError(f"pool {path}: neither problems nor curves; docs/frontier.md lists the formats")
@@ -158,6 +161,38 @@ def _kv_curves(data: Mapping[str, Any], name: str) -> list[Curve]:
     return curves
 
 
+def _replayed(data: Mapping[str, Any], name: str) -> Replayed:
+    try:
+        values = [
+            data["accuracy"],
+            *data["accuracy_ci95"],
+            data["tokens_per_problem"],
+            data["samples_per_problem"],
+        ]
+        accuracy, low, high, tokens, samples = (float(v) for v in values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"replay {name}: {error} is missing or no number; write the file anew with 'ttc simulate --json'"
+        ) from None
+    _fractions(np.array([accuracy, low, high]), name)
+    if not (math.isfinite(tokens) and tokens > 0 and math.isfinite(samples) and samples > 0):
+        raise InputError(
+            f"replay {name}: {tokens:g} tokens in {samples:g} samples a problem; write the file anew with 'ttc simulate --json'"
+        )
+    source = f"{name}: {data.get('problems')} problems x {data.get('shuffles')} shuffles"
+    return Replayed(
+        str(data["policy"]),
+        data.get("model") or "",
+        data.get("task"),
+        tokens,
+        samples,
+        accuracy,
+        low,
+        high,
+        source,
+    )
+
+
 def _fractions(values: Floats, name: str) -> Floats:
     if not np.all((values >= 0) & (values <= 1)):
         raise InputError(f"curves {name}: an accuracy lies outside 0..1 or is NaN; mend that entry")
@@ -197,10 +232,10 @@ def _labelled(pool: Pool, labels: Mapping[str, Any]) -> Pool:
     return replace(pool, **{k: v for k, v in labels.items() if v is not None})
 
 
-def read_all(paths: Iterable[str | Path], **labels: Any) -> tuple[list[Pool], list[Curve]]:
-    """Every pool and every curve in ``paths``."""
+def read_all(paths: Iterable[str | Path], **labels: Any) -> tuple[list[Pool], list[Curve | Replayed]]:
+    """Every pool in ``paths``, and every curve or replayed policy."""
     pools: list[Pool] = []
-    curves: list[Curve] = []
+    curves: list[Curve | Replayed] = []
     for path in paths:
         for item in read(path, **labels):
             if isinstance(item, Pool):

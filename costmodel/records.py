@@ -86,6 +86,22 @@ class Curve:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What ``ttc simulate --json`` said of a policy on a pool: accuracy with its interval over problems, and means per problem.
+    ``model`` is "" where the pool does not tell it."""
+
+    policy: str
+    model: str
+    task: str | None
+    tokens: float
+    samples: float
+    accuracy: float
+    low: float
+    high: float
+    source: str
+
+
 def rows_of(text: str, name: str) -> Iterator[dict[str, Any]]:
     for i, line in enumerate(text.splitlines()):
         if not line.strip():

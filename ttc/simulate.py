@@ -79,10 +79,11 @@ def load(path: str | Path) -> Pool:
 
 def replay(
     pool: Pool, policy: Policy, *, budget: Budget = UNLIMITED, shuffles: int = 100, max_branches: int = 64,
-    free_probes: bool = False, abstain: bool = False, seed: int = 0,
+    free_probes: bool = False, abstain: bool = False, seed: int = 0, in_order: bool = False, thinking_tokens: int | None = None,
 ) -> Replay:  # fmt: skip
     """Run ``policy`` over all problems of ``pool``, ``shuffles`` times. ``max_branches`` 0 is all.
-    ``abstain``: branches without an answer don't vote."""
+    ``abstain``: branches without an answer don't vote. ``in_order``: branches as recorded, not shuffled. ``thinking_tokens`` is
+    the limit on thinking that the policy is told (the longest recorded branch if None)."""
     count = len(pool.problems)
     place = {p.id: i for i, p in enumerate(pool.problems)}
     if len(place) != count:
@@ -94,9 +95,9 @@ def replay(
     for shuffle in range(shuffles):
         engine = ReplayEngine(
             pool, seed + shuffle, max_branches, concurrency=count * (max_branches or 4096), free_probes=free_probes,
-            unanswered=None if abstain else NOTHING,
+            unanswered=None if abstain else NOTHING, in_order=in_order,
         )  # fmt: skip
-        driver = _driver(engine, policy, budget, seed + shuffle)
+        driver = _driver(engine, policy, budget, seed + shuffle, thinking_tokens)
         for result in driver.run(engine.problems()):
             at = (shuffle, place[result.problem_id])
             right[at] = result.verdict is not None and result.verdict.correct
@@ -111,7 +112,7 @@ def replay(
     return Replay(right, tokens, chain, probes, samples, stops, overrun, errors, answered)
 
 
-def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int) -> Driver:
+def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int, thinking: int | None) -> Driver:
     info = engine.info
     missing = sorted(set(getattr(policy, "signals", ())) - set(info.signals))
     if missing:
@@ -123,7 +124,7 @@ def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int) -> 
             policy, budget, count, model=info.model, shape=shape, batch=64, prompt_tokens=engine.pool.prompt_tokens or 150.0,
             thinking_tokens=info.context,
         )  # fmt: skip
-    brief = Brief(seed=seed, max_thinking_tokens=info.context, sampling=info.sampling)
+    brief = Brief(seed=seed, max_thinking_tokens=thinking or info.context, sampling=info.sampling)
     return Driver(
         engine, policy, budget, RecordedJudge(), Ledger(), Pricer(None, info.concurrency, False),
         brief=brief, clock=engine.clock, stall_seconds=float("inf"),
@@ -143,7 +144,9 @@ def simulate(
     for name in ("shuffles", "max_branches"):
         if options.get(name, 1) < 1:
             raise InputError(f"{name.replace('_', '-')}: {options[name]} is not 1 or more")
-    return replay(load(path), chosen, budget=amount, **options).summary()
+    pool = load(path)
+    what = {"policy": policy, "pool": pool.name, "model": pool.model, "task": pool.task}
+    return what | replay(pool, chosen, budget=amount, **options).summary()
 
 
 __all__: Sequence[str] = ["Replay", "load", "replay", "simulate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -170,6 +171,29 @@ def test_a_plan_without_accuracy_says_so() -> None:
     both = plan(points + pool_points(_pool(), LARGE, TARIFF), 1e18, "eflops", TARIFF)
     assert both.chosen.accuracy is not None
     assert any("Qwen3-0.6B" in note for note in both.notes)
+
+
+def test_a_replayed_policy_competes_with_the_pool(tmp_path: Path) -> None:
+    """What ``ttc simulate --json`` printed is a point of the plan, priced at its mean tokens over its mean number of chains."""
+    said = {
+        "policy": "adaptive", "model": "Qwen3-8B", "task": "aime24", "accuracy": 0.81, "accuracy_ci95": [0.7, 0.9],
+        "tokens_per_problem": 36_000, "samples_per_problem": 4.5, "problems": 30, "shuffles": 100,
+    }  # fmt: skip
+    path = tmp_path / "adaptive.json"
+    path.write_text(json.dumps(said))
+    _, replayed = read_all([path])
+    [point] = all_points([], replayed, TARIFF)
+    assert point.price.tokens == pytest.approx(36_000)
+    assert point.price.full.flops == pytest.approx(
+        4.5 * TARIFF.price(ModelShape.of("Qwen3-8B"), 8000, 1, None).full.flops
+    )
+    made = plan([point], 40_000, "tokens", TARIFF)
+    assert made.chosen.accuracy == (0.81, 0.7, 0.9)
+    assert made.chosen.label() == "Qwen3-8B, adaptive, mean 36k tokens"
+    for broken in ({"accuracy": 1.2}, {"tokens_per_problem": 0}, {"samples_per_problem": None}):
+        path.write_text(json.dumps(said | broken))
+        with pytest.raises(InputError, match="replay"):
+            read_all([path])
 
 
 def test_bad_budgets_get_one_line() -> None:
