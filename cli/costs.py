@@ -60,6 +60,16 @@ def cost(
     ] = 0,
     kv_bytes: Annotated[float | None, typer.Option(help="Bytes of a KV element, e.g. 1 for FP8.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Devices that share the model.")] = 1,
+    deepen_from: Annotated[
+        float | None,
+        typer.Option(help="Iterative deepening: tokens before the first trigger of a chain."),
+    ] = None,
+    deepen_growth: Annotated[
+        float, typer.Option(help="Iterative deepening: how much the budget grows to the next trigger.")
+    ] = 2.0,
+    trigger_tokens: Annotated[
+        int, typer.Option(min=0, help="Iterative deepening: tokens of a trigger.")
+    ] = 16,
     intensity: Intensity = None,
     hardware: HardwareName = "kinetics-b200",
     profile: ProfileFile = None,
@@ -68,6 +78,7 @@ def cost(
 ) -> None:
     """What chains of a model cost: FLOPs, bytes, eFLOPs (both conventions), seconds."""
     from ttc.costmodel import KINETICS_INTENSITY, Hardware, full, kinetics
+    from ttc.costmodel.lengths import deepening_triggers
 
     shape = shape_of(model)
     if kv_bytes is not None:
@@ -78,13 +89,16 @@ def cost(
         raise InputError(
             f"--cached-prompt-tokens {cached_prompt_tokens:g} exceeds --prompt-tokens {prompt_tokens:g}"
         )
+    triggers = 0
+    if deepen_from is not None:
+        triggers = deepening_triggers(generated_tokens, deepen_from, deepen_growth)
     card, factor = (
         Hardware.named(hardware),
         KINETICS_INTENSITY if intensity is None else positive("--intensity", intensity),
     )
     chains: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
-        "generated_tokens": generated_tokens,
+        "generated_tokens": generated_tokens + triggers * trigger_tokens,
         "samples": samples,
     }
     sparse: dict[str, Any] = {"kv_budget": kv_budget, "kv_block": kv_block, "method": kv_method}
@@ -117,6 +131,8 @@ def cost(
         "hardware": card.name,
         "intensity": factor,
         "batch": batch or max(samples, 1),
+        "triggers": triggers,
+        "generated_tokens": chains["generated_tokens"],
     }
     if usd_per_hour is not None:
         result["full"]["usd"] = seconds * positive("--usd-per-hour", usd_per_hour) / 3600
@@ -145,6 +161,9 @@ def _show_cost(result: dict[str, Any]) -> None:
         f"{m['kv_bytes_per_token'] / 1024:.4g} KiB of KV a token; {result['intensity']:g} FLOP/byte; "
         f"seconds: {result['full']['seconds_basis']}."
     )
+    if result["triggers"]:
+        words = f"{result['triggers']} triggers in a chain make it {result['generated_tokens']:g} tokens"
+        stdout.print(f"Iterative deepening: {words}; nothing is prefilled again.")
 
 
 def plan(

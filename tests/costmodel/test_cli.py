@@ -86,6 +86,17 @@ def test_cost_takes_sparse_and_batch_options() -> None:
     assert "Qwen3-8B" in run("cost", "-m", "Qwen3-8B")
 
 
+def test_cost_of_iterative_deepening() -> None:
+    """Checkpoints at 2,048, 4,096 and 8,192 tokens: three triggers of 20 tokens, decoded as any others."""
+    shown = run_json(
+        "cost", "-m", "Qwen3-8B", "--deepen-from", "2048", "--deepen-growth", "2", "--trigger-tokens", "20"
+    )
+    longer = run_json("cost", "-m", "Qwen3-8B", "--generated-tokens", str(16384 + 60))
+    assert (shown["triggers"], shown["generated_tokens"]) == (3, 16384 + 60)
+    assert shown["full"] == longer["full"]
+    assert "3 triggers" in run("cost", "-m", "Qwen3-8B", "--deepen-from", "2048")
+
+
 def test_plan_json(tmp_path: Path) -> None:
     data = str(_pool(tmp_path))
     shown = run_json("plan", "--budget", "30 PeFLOPs", "--data", data, "-m", "Qwen3-8B")
@@ -130,6 +141,7 @@ def test_frontier_json_and_pictures(tmp_path: Path) -> None:
         (["cost", "-m", "Qwen3-8B", "--hardware", "H900"], "h100"),
         (["cost", "-m", "Qwen3-8B", "--intensity", "nan"], "--intensity is nan"),
         (["cost", "-m", "Qwen3-8B", "--cached-prompt-tokens", "999"], "exceeds --prompt-tokens"),
+        (["cost", "-m", "Qwen3-8B", "--deepen-from", "-1"], "first > 0"),
         (["cost", "-m", "nothing-7b"], "not known"),
         (["plan", "--budget", "-5 tokens", "-m", "Qwen3-8B"], "budget"),
         (["plan", "--budget", "3 eflops", "-m", "Qwen3-8B"], "the least is"),
