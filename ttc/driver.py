@@ -99,7 +99,9 @@ class Driver:
         """
         info, room = self.engine.info, self.engine.room_tokens
         jobs: list[Job] = []
-        efforts = {self.base_brief.effort} | ({1.0} if "effort" in getattr(self.policy, "needs", ()) else set())
+        efforts = {self.base_brief.effort} | (
+            {1.0} if "effort" in getattr(self.policy, "needs", ()) else set()
+        )
         refused: dict[str, str] = {}
         least_sum = least_max = 0.0
         for order, problem in enumerate(problems):
