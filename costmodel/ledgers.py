@@ -30,6 +30,7 @@ def pool_of_run(folder: Path) -> Pool:
         grouped.setdefault(str(row["problem"]), []).append(row)
     problems = []
     for problem, branches in grouped.items():
+        branches.sort(key=lambda branch: int(branch["index"]))
         result = results.get(problem)
         if result is None or result.get("verdict") is None:
             continue  # not finished, or a problem without gold

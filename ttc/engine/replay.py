@@ -1,8 +1,8 @@
 """The replay engine: recorded branches behind the same five verbs, so that any policy runs unchanged without a model.
 
-A problem's branches are drawn in seeded random order without replacement. A branch can be cut anywhere (it is then made to answer
-with its last recorded anytime answer, or with none where it was never probed), cancelled, and probed where the recording was. Each
-branch has a clock of its own, one token a tick, from when it was submitted; ``step`` goes to the next moment at which anything
+A problem's branches are drawn in seeded random order without replacement (or ``in_order``, as recorded). A branch can be cut
+anywhere (it is then made to answer with its last recorded anytime answer, or with none where it was never probed), cancelled, and
+probed where the recording was. Each branch has a clock of its own, one token a tick, from when it was submitted; ``step`` goes to the next moment at which anything
 happens, so that policies see branches side by side as on an engine with room for all of them.
 
 The price of an anytime answer is ``PROBE_TOKENS`` each; ``free_probes`` is the published accounting of Parallel-Probe
@@ -81,6 +81,7 @@ class ReplayEngine:
     probe_tokens: int = PROBE_TOKENS
     free_probes: bool = False
     unanswered: str | None = NOTHING
+    in_order: bool = False
     now: int = 0
     chains: dict[str, int] = field(default_factory=dict)
     _by_id: dict[str, PooledProblem] = field(default_factory=dict)
@@ -131,7 +132,8 @@ class ReplayEngine:
         order = self._orders.get(problem.id)
         if order is None:
             order = list(range(problem.samples))
-            random.Random(seed_for(self.seed, problem.id, 0)).shuffle(order)
+            if not self.in_order:
+                random.Random(seed_for(self.seed, problem.id, 0)).shuffle(order)
             self._orders[problem.id] = order = order[: self.max_branches or None]
         return order[index] if index < len(order) else None
 
