@@ -1,9 +1,10 @@
 """The replay engine: recorded branches behind the same five verbs, so that any policy runs unchanged without a model.
 
 A problem's branches are drawn in seeded random order without replacement (or ``in_order``, as recorded). A branch can be cut
-anywhere (it is then made to answer with its last recorded anytime answer, or with none where it was never probed), cancelled, and
-probed where the recording was. Each branch has a clock of its own, one token a tick, from when it was submitted; ``step`` goes to the next moment at which anything
-happens, so that policies see branches side by side as on an engine with room for all of them.
+anywhere (it is then made to answer with its last recorded anytime answer, or with none where it was never probed), cancelled,
+and probed where the recording was. Each branch has a clock of its own, one token a tick, from when it was submitted; ``step``
+goes to the next moment at which anything happens, so that policies see branches side by side as on an engine with room for
+all of them.
 
 The price of an anytime answer is ``PROBE_TOKENS`` each; ``free_probes`` is the published accounting of Parallel-Probe
 (arXiv 2602.03845), which leaves them out.
