@@ -90,6 +90,7 @@ def fidelity(
     budgets: Annotated[str, typer.Option(help="KV tokens read per decoded token.")] = "64,96,128,192",
     methods: Annotated[str, typer.Option(help="Methods.")] = "block-topk,quest,streaming,power,oracle-topk",
     caps: Annotated[str | None, typer.Option(help="Also with thoughts capped at these lengths.")] = None,
+    thinking: Annotated[int, typer.Option(min=1, help="Thoughts are closed at this length.")] = 1024,
     page: Annotated[int, typer.Option(help="Tokens of a KV page.")] = 32,
     seed: Annotated[int, typer.Option(help="Of problems and samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -99,7 +100,8 @@ def fidelity(
 
     main(
         model=model, tasks=task or [], problems=problems, samples=samples, budgets=_numbers("budgets", budgets),
-        methods=methods.split(","), caps=_numbers("caps", caps) if caps else [], page=page, seed=seed, as_json=as_json,
+        methods=methods.split(","), caps=_numbers("caps", caps) if caps else [], thinking=thinking, page=page,
+        seed=seed, as_json=as_json,
     )  # fmt: skip
 
 
@@ -140,3 +142,34 @@ def study(
         part=part, model=model, problems=problems, seeds=seeds, budget=budget, thinking=thinking, reward=reward,
         tasks=task or (), as_json=as_json,
     )  # fmt: skip
+
+
+@app.command("policies")
+def policies(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")
+    ] = "nano-s",
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="The model's first task if not given.")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=2, help="Problems.")] = 100,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", "-p", help="Rules, the first is what others are compared with."),
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Of each problem.")] = "100k tokens",
+    seed: Annotated[int, typer.Option(help="Of problems and samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Stopping rules live on one engine: accuracy, tokens, eFLOPs, time, the replay of their own ledgers, the cost of deciding."""
+    from ttc.bench.policies import POLICIES, main
+
+    main(
+        model=model,
+        task=task,
+        problems=problems,
+        policies=policy or POLICIES,
+        budget=budget,
+        seed=seed,
+        as_json=as_json,
+    )

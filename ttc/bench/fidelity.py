@@ -27,7 +27,7 @@ VOTES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way of decoding: a setting (None: dense), the engine's options beside it, a cap on the thought (None: the model's)."""
+    """One way of decoding: a setting (None: dense), the engine's options beside it, a shorter cap on thought."""
 
     name: str
     kv: KvSetting | None = None
@@ -37,7 +37,8 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """``problems`` of each task, ``samples`` of each, pages of ``page`` tokens."""
+    """``problems`` of each task, ``samples`` of each, thoughts closed at ``thinking`` tokens (a loop would cost more than all
+    else), pages of ``page`` tokens."""
 
     model: str
     tasks: tuple[str, ...]
@@ -45,6 +46,7 @@ class Study:
     samples: int
     budgets: tuple[int, ...]
     methods: tuple[str, ...]
+    thinking: int = 1024
     caps: tuple[int, ...] = ()
     page: int = 32
     seed: int = 0
@@ -103,7 +105,7 @@ def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
             settings = Settings(
                 policy=f"self-consistency?n={study.samples}", budget="1G tokens", seed=study.seed,
                 kv_budget=arm.kv.budget if arm.kv else None, kv_method=arm.kv.method if arm.kv else None,
-                max_thinking_tokens=arm.cap,
+                max_thinking_tokens=arm.cap or study.thinking,
             )  # fmt: skip
             done = Run(problems, engine, settings)
             results = sorted(done.results(), key=lambda r: r.problem_id)
@@ -157,21 +159,22 @@ def _accuracy_at(row: dict[str, Any], cost: float) -> float | None:
 
 def main(
     *, model: str, tasks: Sequence[str], problems: int, samples: int, budgets: Sequence[int], methods: Sequence[str],
-    caps: Sequence[int], page: int, seed: int, as_json: bool,
+    caps: Sequence[int], thinking: int, page: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the study; print tables, or one JSON object."""
     from rich.console import Console
 
     known = {m.name: m for m in nano.catalog()}
-    if model not in known:
+    if model not in known and not tasks:
         raise InputError(
-            f"model: the study runs on an embedded reasoner, not {model!r}; use one of {', '.join(known)}"
+            f"task: {model} is no embedded reasoner, so its tasks are not known; name some with --task"
         )
     for method in methods:
         for budget in budgets:
             KvSetting(budget, method).check_page(page)
     study = Study(
-        model, tuple(tasks) or known[model].tasks[:1], problems, samples, tuple(budgets), tuple(methods), tuple(caps), page, seed
+        model, tuple(tasks) or known[model].tasks[:1], problems, samples, tuple(budgets), tuple(methods),
+        thinking, tuple(caps), page, seed,
     )  # fmt: skip
     rows = run(study, Console(stderr=True, highlight=False).print)
     machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
