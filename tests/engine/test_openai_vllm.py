@@ -20,7 +20,7 @@ from ttc import nano
 from ttc.engine.http_server import Server
 from ttc.engine.model import load_model_files
 from ttc.engine.openai import OpenAIEngine
-from ttc.types import Completion, Problem, Request, Sampling
+from ttc.types import Completion, Control, Problem, Request, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 START_S = 180.0
@@ -229,3 +229,32 @@ def test_chat_messages_do_as_well(server: str, monkeypatch: pytest.MonkeyPatch) 
         assert sum(d.generated_tokens for d in done) == settled(server)["generation"] - before["generation"]
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native: bool) -> None:
+    """By the server's own plugin (this package is installed, so vLLM loads it), and by continuation requests: the same triggers at
+    the same places, counts that are the server's own."""
+    assert engine._call(engine._server.learn_plugin())
+    engine._server.steers = native
+    words = ("Wait, let me check.", "Wait")
+    control = Control(words, (7, 30))
+    wants = [Request(p, i, i, 60, Sampling(1.0), control=control) for p in sums(10) for i in range(3)]
+    wants += [Request(p, 9, 9, 80, Sampling(1.0), control=Control(words[1:], at_end=1)) for p in sums(10)]
+    before = settled(server)
+    done = collect(engine, wants)
+    after = settled(server)
+    begun = 0
+    for want, one in zip(wants, done, strict=True):
+        thought, _, answer = one.text.partition("</think>")
+        assert answer
+        assert one.output_tokens <= want.thinking_tokens + engine.room_tokens
+        begun += one.triggers
+        if want.control is control and len(one.token_ids) > 40 and one.triggers == 2:
+            assert thought.index(words[0]) < thought.rindex(words[1])
+        assert sum(thought.count(word) for word in words) >= one.triggers
+    assert begun > 20
+    sampled = after["generation"] - before["generation"]
+    inserted = sum(d.forced_tokens - (d.closed and 1) for d in done)
+    assert sum(d.generated_tokens for d in done) == sampled - (inserted if native else 0)
+    assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]

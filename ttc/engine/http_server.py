@@ -160,9 +160,10 @@ class Server:
                     await stream_call(self.client, "/v1/completions", body, lambda delta: True)
                     self.steers = False
                 except CallFailed as failure:
-                    if failure.again or failure.status not in (400, 422):
+                    self.steers = "extra_args['ttc']" in str(failure)
+                    if not self.steers and failure.status not in (400, 422):
+                        self.steers = None
                         raise
-                    self.steers = "ttc" in str(failure)
                 if not self.steers:
                     self.say_once(
                         "ttc's plugin is not loaded there, so chains are steered by continuation requests: each "
