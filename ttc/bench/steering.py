@@ -1,6 +1,6 @@
 """``ttc bench steering``: what steering inside the engine costs, beside stop-and-resubmit and beside no steering at all.
 
-One engine, the arms turn by turn in one run: 32 branches of one fixed length, three triggers each, end marks off, so that every arm
+One engine, the arms turn by turn in one run: 32 branches of one fixed length, three triggers each, end marks off (min_tokens), so that every arm
 writes the same number of tokens. ``in-engine`` forces the triggers in the step loop; ``resubmit`` ends the request at each
 checkpoint, appends the trigger and submits the whole again (prefix caching on: what peers do, at their best, without HTTP);
 ``bare`` has no instructions at all. And the processor alone: seconds a step at 1, 64 and 256 rows.
@@ -61,7 +61,7 @@ class Bench:
         self.name += 1
         vllm = self.engine._vllm
         params = vllm.SamplingParams(
-            temperature=1.0, seed=self.name, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            temperature=1.0, seed=self.name, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False,
             extra_args={"ttc": instructions} if instructions else None,
             output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
@@ -86,9 +86,7 @@ class Bench:
         return Turn(seconds, output, prompt, prompt - (after.cached_tokens - before.cached_tokens))
 
     def straight(self, prompts: list[list[int]], steered: bool) -> int:
-        never = [
-            self.engine.info.shape.vocab - 1 if self.engine.info.shape else 1
-        ]  # a thought that never closes
+        never = [self.engine._tokenizer.pad_token_id or 0]  # no model samples it: a thought that never closes
         told = (
             {"triggers": [self.trigger], "at": self.at, "think_close": never, "close": never}
             if steered
