@@ -38,8 +38,8 @@ DATA_SIZE = "s"
 SHARES = {"sums": 0.5, "products": 0.2, "countdown": 0.25, "long": 0.05}
 """Of the problems that are sampled. Long sums take ten times the tokens of a short one."""
 
-PAIR_BATCH, PAIR_TOKENS = 16, 700
-"""Pairs a step of the outcome model, and the longest chain in one."""
+PAIR_BATCH, MOST_TOKENS = 16, 600
+"""Pairs a step of the outcome model; the longest chain that is learnt from."""
 
 CHAINS = "chains.json"
 """In the run folder: the samples, so that a run cut short does not draw them again."""
@@ -137,7 +137,7 @@ def train_outcome(
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    found = [pair for pair in pairs(chains, 4, seed) if max(map(len, pair)) <= PAIR_TOKENS]
+    found = [pair for pair in pairs(chains, 4, seed) if max(map(len, pair)) <= MOST_TOKENS]
     ordered = _alike(random.Random(seed), found, epochs)
     rows = Dataset.from_dict({"chosen_ids": [a for a, _ in ordered], "rejected_ids": [b for _, b in ordered]})
     torch.manual_seed(seed)
@@ -210,7 +210,7 @@ def train_process(
 ) -> dict[str, Any]:
     """Cross-entropy, at every token behind the prompt, of whether the chain ends right; from a reasoner's weights; writes
     ``out``."""
-    rng, order = random.Random(seed), list(chains)
+    rng, order = random.Random(seed), [chain for chain in chains if len(chain.ids) <= MOST_TOKENS]
     net = RewardNet(load(base).model).train()
     use_half(net, torch.cpu._is_avx512_bf16_supported())
     steps = [step for _ in range(epochs) for step in _steps(rng, order, step_tokens)]
