@@ -1,9 +1,9 @@
 """``ttc bench steering``: what steering inside the engine costs, beside stop-and-resubmit and beside no steering at all.
 
-One engine, the arms turn by turn in one run: 32 branches of one fixed length, three triggers each, end marks off (min_tokens), so that every arm
-writes the same number of tokens. ``in-engine`` forces the triggers in the step loop; ``resubmit`` ends the request at each
-checkpoint, appends the trigger and submits the whole again (prefix caching on: what peers do, at their best, without HTTP);
-``bare`` has no instructions at all. And the processor alone: seconds a step at 1, 64 and 256 rows.
+One engine, the arms turn by turn in one run: 32 branches of one fixed length, three triggers each, end marks off (min_tokens), so
+that every arm writes the same number of tokens. ``in-engine`` forces the triggers in the step loop; ``resubmit`` ends the request
+at each checkpoint, appends the trigger and submits the whole again (prefix caching on: what peers do, at their best, without
+HTTP); ``bare`` has no instructions at all. And the processor alone: seconds a step at 1, 64 and 256 rows.
 """
 
 from __future__ import annotations
