@@ -98,7 +98,7 @@ class Kinetics:
         pools, curves = read_all([Path(part) for part in self.data.split(SEPARATOR)])
         pools = [replace(p, model=_known_as(p.model or own)) for p in pools]
         curves = [replace(c, model=_known_as(c.model)) for c in curves]
-        names = {str(p.model) for p in pools} | {c.model for c in curves}
+        names = {str(p.model) for p in pools} | {str(c.model) for c in curves}
         if own not in names:
             raise InputError(
                 f"policy: {self.data} is of {', '.join(sorted(names))}, not of {own}; give its own data"
@@ -127,12 +127,12 @@ class Kinetics:
         return Outcome(leader(votes, brief.seed), "samples", votes, why)
 
 
-def _known_as(model: str) -> str:
+def _known_as(model: str | None) -> str:
     """The registry's spelling of a model's name; as it is if the registry does not know it."""
     try:
-        return ModelShape.of(model).name
+        return ModelShape.of(model or "").name
     except InputError:
-        return model
+        return model or ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def replay(
     for shuffle in range(shuffles):
         engine = ReplayEngine(
             pool, seed + shuffle, max_branches, concurrency=count * (max_branches or 4096), free_probes=free_probes,
-            unanswered=None if abstain else NOTHING, in_order=in_order,
+            unanswered=None if abstain else NOTHING, in_order=in_order, limit=thinking_tokens or 0,
         )  # fmt: skip
         driver = _driver(engine, policy, budget, seed + shuffle, thinking_tokens)
         for result in driver.run(engine.problems()):

@@ -72,7 +72,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for label, points in lines.items():
             x, y, noise = zip(*points, strict=True)
             ours = label == "adaptive"
-            style = {"color": "C3", "linewidth": 2.2, "zorder": 3} if ours else {"linewidth": 1.2}
+            colour = "C3" if ours else {"parallel-probe": "C4"}.get(label)
+            style = {"color": colour, "linewidth": 2.2 if ours else 1.2, "zorder": 3 if ours else 2}
             (line,) = axis.plot(
                 x, [100 * v for v in y], "o-", markersize=3.5, label=label.partition("?")[0], **style
             )

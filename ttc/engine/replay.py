@@ -1,10 +1,9 @@
 """The replay engine: recorded branches behind the same five verbs, so that any policy runs unchanged without a model.
 
-A problem's branches are drawn in seeded random order without replacement (or ``in_order``, as recorded). A branch can be cut
-anywhere (it is then made to answer with its last recorded anytime answer, or with none where it was never probed), cancelled,
-and probed where the recording was. Each branch has a clock of its own, one token a tick, from when it was submitted; ``step``
-goes to the next moment at which anything happens, so that policies see branches side by side as on an engine with room for
-all of them.
+A problem's branches are drawn in seeded random order without replacement (``in_order``: as recorded). A branch can be cut anywhere
+(it is then made to answer with its last recorded anytime answer, or with none where it was never probed), cancelled, and probed
+where the recording was. Each branch has a clock of its own, one token a tick, from when it was submitted; ``step`` goes to the next
+moment at which anything happens, so that policies see branches side by side as on an engine with room for all of them.
 
 The price of an anytime answer is ``PROBE_TOKENS`` each; ``free_probes`` is the published accounting of Parallel-Probe
 (arXiv 2602.03845), which leaves them out.
@@ -73,7 +72,8 @@ class _Tape:
 @dataclass(slots=True)
 class ReplayEngine:
     """See the module. ``unanswered`` is what a branch without an answer says: a string votes like any answer (as in the published
-    replays), None abstains. ``chains`` holds each problem's longest dependent chain so far, in tokens."""
+    replays), None abstains. ``limit`` is the recorded run's on thinking, where no branch reached it. ``chains`` holds each
+    problem's longest dependent chain so far, in tokens."""
 
     pool: Pool
     seed: int = 0
@@ -83,6 +83,7 @@ class ReplayEngine:
     free_probes: bool = False
     unanswered: str | None = NOTHING
     in_order: bool = False
+    limit: int = 0
     now: int = 0
     chains: dict[str, int] = field(default_factory=dict)
     _by_id: dict[str, PooledProblem] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class ReplayEngine:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            longest = int(max(float(p.tokens.max()) for p in self.pool.problems))
+            longest = max(self.limit, int(max(float(p.tokens.max()) for p in self.pool.problems)))
             probes = self.pool.probe_every > 0
             self._info = EngineInfo(
                 name="replay", model=self.pool.model or self.pool.name, concurrency=self.concurrency,
