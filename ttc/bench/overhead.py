@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ttc import nano
+from ttc.api import DEFAULT_MODEL
 from ttc.bench.arms import Job
 from ttc.errors import EngineError, InputError
 
@@ -175,7 +176,7 @@ def main(*, model: str | None, problems: int, samples: int, rounds: int, http: b
     from rich.console import Console
 
     known = {m.name: m for m in nano.catalog()}
-    name = model or next(iter(known), "")
+    name = model or DEFAULT_MODEL
     if name not in known:
         raise InputError(
             f"model: the benchmark runs on an embedded reasoner, not {name!r}; use one of {', '.join(known)}"
