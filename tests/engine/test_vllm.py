@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import PlainJudge
-from ttc import nano
 from ttc.api import Run, Settings
 from ttc.engine.protocol import StepReport
 from ttc.engine.vllm import VLLMEngine, plugin_installed
@@ -22,7 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VLLMEngine]:
-    opened = VLLMEngine(nano.catalog()[-1].name, concurrency=32)
+    opened = VLLMEngine("nano-s", concurrency=32)
     yield opened
     opened.close()
 
