@@ -46,7 +46,8 @@ def models(as_json: AsJson = False) -> None:
     ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for m in known:
-        table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", "\n".join(m.tasks))
+        more = f"\n… and {len(m.tasks) - 1} more (--json)" if len(m.tasks) > 1 else ""
+        table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", m.tasks[0] + more)
     stdout.print(table)
     stdout.print("A folder with a Hugging Face model, or a hub id, works wherever a name does.")
 
