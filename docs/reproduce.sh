@@ -13,6 +13,7 @@ pools=${POOLS:-../shared/pools}
 if [ -d "$pools" ]; then
   .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 100 --out runs/policies
   .venv/bin/python -m ttc.simulate budgets "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --out runs/policies
+  cp runs/policies/policies.png docs/policies.png
   $ttc plan --budget "40 TeFLOPs" -m Qwen3-4B -m Qwen3-8B -m Qwen3-14B --task aime24 --data "$pools/accuracy_vs_tokens.json" \
     --data "$pools/accuracy_vs_kv_budget.json" --data "$pools/qwen3-8b_aime24.json"
 else

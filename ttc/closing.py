@@ -36,10 +36,6 @@ class Closing:
         self._queue: deque[tuple[Job | None, Result, Future[Judged] | None]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
-    @property
-    def waiting(self) -> bool:
-        return bool(self._queue)
-
     def close(
         self, job: Job, answer: str | None, stop: str, votes: Mapping[str, float], error: str, *, judged: bool
     ) -> None:

@@ -126,10 +126,6 @@ class Ledger:
                 return recorded.order, recorded.branch
         return None
 
-    @property
-    def recorded_branches(self) -> int:
-        return sum(len(entries) for entries in self._recorded.values())
-
     # -- writing -----------------------------------------------------------------------------------------------------------
     def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
         if not self._files:
