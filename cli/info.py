@@ -113,7 +113,7 @@ def _packages() -> list[Check]:
 
 
 def _plugin() -> Check:
-    from ttc.engine.vllm import plugin_installed
+    from ttc.engine.vllm_start import plugin_installed
 
     if plugin_installed():
         return Check("control plugin", True, "vLLM will load ttc's logits processor")

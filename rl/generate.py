@@ -34,7 +34,7 @@ class VllmSampler:
     """A nano folder in vLLM, in this process; bf16 as shipped. One sampler at a time."""
 
     def __init__(self, folder: Path, concurrency: int = BATCH_ROWS) -> None:
-        from ttc.engine.vllm import import_vllm
+        from ttc.engine.vllm_start import import_vllm
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         self._vllm: Any = import_vllm()

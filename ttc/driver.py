@@ -46,9 +46,7 @@ from ttc.types import (
     Steer,
     Work,
 )
-
-RETRIES = 2
-"""How often the driver issues a failed request again (engines retry their own transport errors themselves)."""
+from ttc.watch import RETRIES, Watch
 
 
 class Driver:
@@ -77,10 +75,10 @@ class Driver:
         self.engine, self.policy, self.budget, self.judge = engine, policy, budget, judge
         self.cashier = Cashier(budget, pricer, engine, clock)
         self.ledger, self.pricer, self.base_brief, self.reward = ledger, pricer, brief, reward
-        self.clock, self.stall_seconds, self.on_step = clock, stall_seconds, on_step
+        self.clock, self.on_step = clock, on_step
         self.status = Status()
         self.closing = Closing(judge, ledger, self.cashier, self.status)
-        self.steering = Steering(self)
+        self.steering, self.watch = Steering(self), Watch(self, stall_seconds)
         self.interrupted = False
         self.run_account = Account(Meter(budget.amount)) if budget.scope == "run" else None
         self.flights: dict[int, Flight] = {}
@@ -89,7 +87,6 @@ class Driver:
         self._ticket = self._pushes = 0
         self._stop = False
         self._begun = 0.0
-        self._next_watch = 0.0
 
     # -- before anything runs ----------------------------------------------------------------------------------------------
     def prepare(self, problems: Sequence[Problem]) -> tuple[list[Job], dict[str, str]]:
@@ -168,7 +165,8 @@ class Driver:
                 else:
                     break
             else:
-                self._interrupt()
+                self.interrupted = True
+                self.watch.interrupt()
             yield from self.closing.results(wait=True)
         finally:  # the engine is gone, or the caller has seen enough: what has ended is kept all the same
             for _ in self.closing.results(wait=True):
@@ -188,16 +186,12 @@ class Driver:
         try:
             report = self.engine.step()
         except EngineError:
-            self._settle_lost("the engine stopped")
+            self.watch.settle_lost("the engine stopped")
             raise
         now = self.clock()
         self.cashier.longest_step = max(self.cashier.longest_step * 0.98, now - before)
         self._take(report, now)
-        if self.budget.unit == "seconds":
-            self._watch_clock(now)
-        if now >= self._next_watch:
-            self._watch_stalls(now)
-            self._next_watch = now + self.stall_seconds / 50
+        self.watch.look(now)
         status = self.status
         status.running, status.seconds = len(self.flights), now - self._begun
         if self.on_step is not None:
@@ -421,14 +415,15 @@ class Driver:
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
         job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
-        branch = self._branch(flight, completion, charge)
+        branch = self.branch(flight, completion, charge)
         self.ledger.write_branch(
             branch, flight.request, interrupted=self._stop and completion.finish == "abort"
         )
         self.cashier.learn(branch)
         self.arrive(job, flight.slot, branch)
 
-    def _branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
+    def branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
+        """What a flight became, with its answer and vote."""
         problem = flight.job.problem
         answer = vote = None
         if completion.finish in ("stop", "length"):
@@ -544,58 +539,3 @@ class Driver:
         decision = Decision(job.problem.id, what, why, price, job.account.meter.remaining)
         job.decisions.append(decision)
         self.ledger.write_decision(decision)
-
-    # -- time, stalls, interruption ----------------------------------------------------------------------------------------
-    def _watch_clock(self, now: float) -> None:
-        late: list[int] = []
-        for ticket, flight in self.flights.items():
-            left = self.cashier.seconds_left(flight.job)
-            if left <= self.cashier.longest_step:
-                late.append(ticket)
-            elif left <= self.cashier.closing_seconds() and not flight.closing:
-                flight.closing = True
-                self.engine.steer(ticket, "close")
-        if late:
-            self.engine.abort(late)
-
-    def _watch_stalls(self, now: float) -> None:
-        stalled = [t for t, f in self.flights.items() if now - f.moved > self.stall_seconds]
-        if not stalled:
-            return
-        self.engine.abort(stalled)
-        for ticket in stalled:
-            self.flights[ticket].moved = now
-            self.flights[ticket].attempts = RETRIES
-            self.decide(self.flights[ticket].job, "cancel 1", f"no token for {self.stall_seconds:g} s", 0.0)
-
-    def _interrupt(self) -> None:
-        """Cancel what runs and record it, so that its tokens are accounted for when the run is resumed."""
-        self.interrupted = True
-        self.engine.abort(sorted(self.flights))
-        for _ in range(100):
-            if not self.flights:
-                return
-            report = self.engine.step()
-            for ticket, completion in report.finished:
-                flight = self.flights.pop(ticket, None)
-                if flight is None:
-                    continue
-                charge = flight.carried + self.pricer.charge(
-                    flight.request, completion, self.clock() - flight.submitted
-                )
-                branch = self._branch(flight, completion, charge)
-                self.closing.charge(flight.job, charge)
-                self.ledger.write_branch(branch, flight.request, interrupted=completion.finish == "abort")
-
-    def _settle_lost(self, why: str) -> None:
-        """The engine is gone: what was running is charged at what was last seen of it."""
-        for flight in self.flights.values():
-            lost = Completion(
-                "", "abort", flight.job.prompt_tokens if flight.tokens else 0, flight.tokens,
-                weight_reads=flight.reads, error=why,
-            )  # fmt: skip
-            charge = flight.carried + self.pricer.charge(
-                flight.request, lost, self.clock() - flight.submitted
-            )
-            self.ledger.write_branch(self._branch(flight, lost, charge), flight.request, interrupted=True)
-        self.flights.clear()

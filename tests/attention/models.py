@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ttc.attention.settings import KvSetting
-from ttc.engine.vllm import import_vllm
+from ttc.engine.vllm_start import import_vllm
 
 VOCABULARY = 512
 PAGE = 32

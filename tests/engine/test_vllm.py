@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import PlainJudge
 from ttc.api import Run, Settings
 from ttc.engine.protocol import StepReport
-from ttc.engine.vllm import VLLMEngine, plugin_installed
+from ttc.engine.vllm import VLLMEngine
+from ttc.engine.vllm_start import plugin_installed
 from ttc.errors import InputError
 from ttc.types import Brief, Completion, Problem, Request, Sampling
 

@@ -32,7 +32,7 @@ def test_reasoners_think_close_and_answer(model: ttc.nano.NanoModel) -> None:
 
 @pytest.mark.parametrize("name", ttc.nano.rewards())
 def test_reward_models_score_alike(name: str) -> None:
-    from ttc.engine.vllm import import_vllm
+    from ttc.engine.vllm_start import import_vllm
 
     item = heldout.items(heldout.GRADED["sums"][0], 1)[0]
     texts = ["12 + 3 = 15;So 15.</think>15", f"So {item.answer}.</think>{item.answer}"]

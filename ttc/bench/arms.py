@@ -73,7 +73,7 @@ def ours(job: Job) -> Work:
 def bare(job: Job, *, serial: bool = False) -> Work:
     """``vllm.LLM.generate``: all samples of all problems in one call, or (``serial``) one problem at a time."""
     from ttc.engine.model import load_model_files
-    from ttc.engine.vllm import import_vllm
+    from ttc.engine.vllm_start import import_vllm
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     vllm = import_vllm()

