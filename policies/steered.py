@@ -107,6 +107,14 @@ class IterativeDeepening:
     def needs(self) -> tuple[str, ...]:
         return ("control", "reward") if self.select == "reward" else ("control",)
 
+    def check_room(self, room: int, thinking: int) -> None:
+        """Raise InputError if no checkpoint lies within a thought of ``thinking`` tokens."""
+        if self.first >= thinking:
+            raise InputError(
+                f"policy: first={self.first} lies behind the cap of {thinking} tokens of thinking, so nothing would be forced; give"
+                f" less than {thinking}, or a higher cap"
+            )
+
     def control(self, limit: int) -> Control:
         at = checkpoints(self.first, self.growth, limit, incremental=self.incremental)
         return Control(_triggers(self.trigger), at, self.incremental, at_end=len(at) if self.reopen else 0)
@@ -189,11 +197,18 @@ class Plain:
         steers = bool(self.least or self.loops or self.stop_below)
         return (("control",) if steers else ()) + (("reward",) if self.select == "reward" else ())
 
-    def check_room(self, room: int) -> None:
-        """Raise InputError if ``total`` leaves nothing to think, the answer's room being ``room`` tokens."""
+    def check_room(self, room: int, thinking: int) -> None:
+        """Raise InputError if ``total`` leaves nothing to think, the answer's room being ``room`` tokens, or if ``least`` is
+        more than the ``thinking`` tokens that a thought may have."""
         if self.total and self.total <= room:
             raise InputError(
                 f"policy: total={self.total} is no more than the answer's room of {room} tokens; give at least {room + 1}"
+            )
+        most = min(thinking, self.total - room) if self.total else thinking
+        if self.least > most:
+            raise InputError(
+                f"policy: least={self.least} is more than the {most} tokens that a thought may have here; lower it, or raise"
+                " --max-thinking, the budget or total"
             )
 
     def control(self, limit: int) -> Control | None:

@@ -25,6 +25,7 @@ from typing import Any
 from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
 from ttc.driver import Driver
+from ttc.engine.course import FAR
 from ttc.engine.protocol import Engine, EngineInfo
 from ttc.errors import InputError
 from ttc.jobs import Policy, RewardModel, Status
@@ -138,7 +139,6 @@ class Run:
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
         _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
         _check_effort(self.policy, self.problems, engine)
-        _check_control(self.policy, engine)
         brief = Brief(
             seed=settings.seed,
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
@@ -150,10 +150,14 @@ class Run:
         )
         self.jury = Jury(info.format)
         probe = Driver(engine, self.policy, self.budget, self.jury, Ledger(), pricer, brief=brief)
-        _, too_long = probe.prepare(self.problems)  # refuses what can't run before anything is written
+        jobs, too_long = probe.prepare(self.problems)  # refuses what can't run before anything is written
         if too_long:
             more = f" ({len(too_long) - 1} more like it)" if len(too_long) > 1 else ""
             raise InputError(next(iter(too_long.values())) + more)
+        thinking = max((job.brief.max_thinking_tokens for job in jobs), default=info.context)
+        if self.budget.unit == "tokens":
+            thinking = min(thinking, int(self.budget.amount) - engine.room_tokens)
+        _check_control(self.policy, engine, thinking)
         self.ledger = Ledger.open(out, self._config()) if out is not None else Ledger()
         self.resumed = len(self.ledger.results)
         self.driver = Driver(
@@ -291,10 +295,14 @@ def _check_effort(policy: Policy, problems: Sequence[Problem], engine: Engine) -
             )
 
 
-def _check_control(policy: Policy, engine: Engine) -> None:
-    """Raise InputError for a policy that steers chains on an engine or a model where that can't be done."""
+def _check_control(policy: Policy, engine: Engine, thinking: int = FAR) -> None:
+    """Raise InputError for a policy that steers chains on an engine or a model where that can't be done, or with texts that find
+    no place in ``thinking`` tokens, the most that any thought of the run may have."""
+    thinking = min(thinking, getattr(policy, "cap", 0) or thinking)
     if hasattr(policy, "check_room"):
-        policy.check_room(engine.room_tokens)
+        policy.check_room(engine.room_tokens, thinking)
+    if getattr(policy, "total", 0):
+        thinking = min(thinking, policy.total - engine.room_tokens)  # type: ignore[attr-defined]
     needs = getattr(policy, "needs", ())
     if "steps" in needs:
         if not hasattr(engine, "check_steps"):
@@ -309,7 +317,7 @@ def _check_control(policy: Policy, engine: Engine) -> None:
             f"policy: {policy.name} steers chains as they run, which the {engine.info.name} engine can't; use --engine vllm"
         )
     if hasattr(policy, "control"):
-        engine.check_control(policy.control(engine.info.context))
+        engine.check_control(policy.control(min(thinking, engine.info.context)), thinking)
 
 
 def _sampling(own: Sampling, settings: Settings) -> Sampling:

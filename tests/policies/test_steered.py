@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
-from ttc.api import _check_control
+from ttc.api import Run, Settings, _check_control
 from ttc.budget import Budget
 from ttc.engine.course import Course
 from ttc.engine.fake import FakeEngine, random_writer
@@ -184,6 +184,40 @@ def test_a_cap_smaller_than_the_answers_room_is_refused() -> None:
     with pytest.raises(InputError, match="give at least 9"):
         _check_control(parse("plain?total=8"), FakeEngine())
     _check_control(parse("plain?total=9"), FakeEngine())
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "words"),
+    [
+        ("budget-forcing?trigger=one two three&cap=4", {}, "'one two three' has 3 tokens"),
+        ("budget-forcing?trigger=one two three", {"max_thinking_tokens": 4}, "at least 5"),
+        ("budget-forcing?trigger=one two three", {"budget": "12 tokens"}, "at least 5"),
+        ("plain?least=2&trigger=one two three&total=12", {}, "'one two three' has 3 tokens"),
+        ("iterative-deepening?first=10&trigger=w|one two three&cap=13", {}, "can begin at 10"),
+        ("iterative-deepening?first=64&cap=64", {}, "first=64 lies behind the cap of 64"),
+        ("iterative-deepening?first=64", {"max_thinking_tokens": 20}, "first=64 lies behind the cap of 20"),
+        ("plain?least=30", {"max_thinking_tokens": 20}, "least=30 is more than the 20"),
+        ("plain?least=30", {"budget": "20 tokens"}, "least=30 is more than the 12"),
+    ],
+)
+def test_what_would_silently_never_be_begun_is_refused_before_work_starts(
+    policy: str, more: dict[str, Any], words: str
+) -> None:
+    engine = FakeEngine()
+    with pytest.raises(InputError) as caught:
+        Run(make_problems(2), engine, Settings(policy=policy, **more))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert engine.counters().requests == 0
+
+
+@pytest.mark.parametrize(
+    "policy", ["budget-forcing?trigger=one two three&cap=5", "iterative-deepening?first=10&trigger=w&cap=12"]
+)
+def test_a_trigger_that_just_fits_is_begun(policy: str) -> None:
+    engine = FakeEngine(random_writer(mean_thinking=1e9 if "deepening" in policy else 1.5))
+    results = list(Run(make_problems(8), engine, Settings(policy=policy, seed=1)).results())
+    assert sum(b.completion.triggers for r in results for b in r.branches) > 0
 
 
 def test_an_engine_that_cannot_steer_is_named() -> None:

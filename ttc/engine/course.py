@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
+
+from ttc.errors import InputError
+from ttc.types import Control as Steering
 
 FAR = 1 << 60
 LOOP_EVERY = 32
@@ -274,6 +277,23 @@ class Course:
                 self.spans.append((self.due, len(span)))
                 self.closed_by_force = span is self.close
                 return
+
+
+def check_fits(control: Steering, lengths: Sequence[int], thinking: int) -> None:
+    """Raise InputError for a trigger (``lengths``: the tokens of each) that finds no place in a thought of at most ``thinking``
+    tokens, with a token to say after it: it would silently never be begun."""
+    firsts = [control.at[0]] if control.at else []
+    firsts += [1] if control.at_end or control.min_thinking else []
+    firsts += [LOOP_EVERY] if control.loop_repeats else []
+    if not firsts:
+        return
+    for text, length in zip(control.triggers, lengths, strict=True):
+        if min(firsts) + length >= thinking:
+            raise InputError(
+                f"trigger: {text!r} has {length} tokens and can begin at {min(firsts)} at the earliest, which leaves nothing of a"
+                f" thought of {thinking}; use a shorter one, or raise the cap (cap, --max-thinking or the budget) to at least"
+                f" {min(firsts) + length + 1}"
+            )
 
 
 INSTRUCTIONS = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ttc.costmodel import ModelShape
-from ttc.engine.course import Course
+from ttc.engine.course import FAR, Course, check_fits
 from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.types import AnswerFormat, Completion, Control, Fork, Problem, Request, Sampling
 
@@ -124,8 +124,9 @@ class FakeEngine:
     def check_steps(self, text: str) -> None:
         """A step may end behind any text; in truth only ``step_tokens`` ends one."""
 
-    def check_control(self, control: Control) -> None:
-        """Every control can be followed."""
+    def check_control(self, control: Control, thinking: int = FAR) -> None:
+        """Every control can be followed whose triggers fit into ``thinking`` tokens."""
+        check_fits(control, [len(text.split()) for text in control.triggers], thinking)
 
     def clock(self) -> float:
         return self.now

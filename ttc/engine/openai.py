@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ttc.engine.course import FAR, check_fits
 from ttc.engine.http_branch import Span, Spans
 from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
 from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
@@ -185,8 +186,8 @@ class OpenAIEngine:
                 time.sleep(max(failure.wait_s, self._setting.backoff_s * 2.0**failures))
         raise EngineError(f"{self._server.url} can't tokenise the prompt: {failure}", retryable=True)
 
-    def check_control(self, control: Control) -> None:
-        """Raise InputError for a control that this server can't execute, with its plugin or without."""
+    def check_control(self, control: Control, thinking: int = FAR) -> None:
+        """Raise InputError for a control that this server can't execute in ``thinking`` tokens, with its plugin or without."""
         name, form = self._info.model, self._setting.form
         if not form.think_close:
             raise InputError(
@@ -201,10 +202,10 @@ class OpenAIEngine:
         try:
             native = self._call(self._server.learn_plugin())
             delimiter = self._call(self._setting.span_ids(form.think_close))
-            for text in control.triggers:
-                self._call(self._setting.span_ids(text))
+            lengths = [len(self._call(self._setting.span_ids(text))) for text in control.triggers]
         except CallFailed as error:
             raise InputError(f"trigger: {error}; give some words") from error
+        check_fits(control, lengths, thinking)
         needs = bool(control.loop_repeats) or control.stop_below is not None
         needs = needs or (control.min_thinking > 0 and not control.triggers)
         if not native and (needs or len(delimiter) > 1):

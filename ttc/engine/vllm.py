@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.attention.settings import KvSetting
-from ttc.engine.course import STEERING
+from ttc.engine.course import FAR, STEERING, check_fits
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.engine.vllm_forks import Forks, Running
@@ -237,14 +237,15 @@ class VLLMEngine:
                 raise InputError(f"trigger: {text!r} is no token of {self.files.name}'s; give some words")
         return ids
 
-    def check_control(self, control: Steering) -> None:
-        """Raise InputError for a control that no branch of this model can follow."""
+    def check_control(self, control: Steering, thinking: int = FAR) -> None:
+        """Raise InputError for a control that no branch of this model can follow in ``thinking`` tokens."""
         if not self._end_ids:
             raise InputError(
                 f"think-close: {self.files.name} has no delimiter that ends a thought, so nothing can be forced inside one;"
                 " name it with --think-close, or use a policy that does not steer"
             )
-        self._steering(control)
+        triggers = self._steering(control)["triggers"]
+        check_fits(control, [len(ids) for ids in triggers], thinking)
 
     def check_steps(self, text: str) -> None:
         """Raise InputError for a delimiter of steps that no token of this model has in it ("": none)."""
