@@ -58,10 +58,15 @@ def _chosen(chains: Sequence[Chain], select: Select, seed: int) -> Outcome:
 def _ended(
     walk: Walk, ended: list[Chain], begun: Sequence[Chain], select: Select
 ) -> Generator[Work, Reply, Outcome]:
-    """The outcome; where nothing has ended usably, the best beginning is run to its end first."""
-    if not any(chain.branch is not None and chain.branch.usable for chain in ended) and begun:
+    """The outcome; where nothing has ended usably, the best beginning is run to its end first; where the budget does not pay for
+    that, chains that the search had dropped answer."""
+    if not _usable(ended) and begun:
         ended = ended + (yield from walk.finish(_best(begun)[0]))
-    return _chosen(ended, select, walk.brief.seed)
+    return _chosen(ended if _usable(ended) else walk.spare, select, walk.brief.seed)
+
+
+def _usable(chains: Sequence[Chain]) -> bool:
+    return any(chain.branch is not None and chain.branch.usable for chain in chains)
 
 
 @dataclass(frozen=True, slots=True)

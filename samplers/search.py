@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ttc.types import Branch, Brief, Generate, Problem, Reply, Request, Score, Work
@@ -34,7 +34,7 @@ class Chain:
 @dataclass(slots=True)
 class Walk:
     """Grows chains of one problem. ``text`` ("": none) or ``tokens`` end a step; a chain of ``most`` steps runs to its end.
-    ``issued`` numbers the requests."""
+    ``issued`` numbers the requests; ``spare`` are chains that ended with an answer, those that the search dropped too."""
 
     problem: Problem
     brief: Brief
@@ -44,6 +44,7 @@ class Walk:
     issued: int = 0
     blind: bool = False  # the budget pays for no more scores
     broke: bool = False  # or for no more steps
+    spare: list[Chain] = field(default_factory=list)
 
     def grow(self, chains: Sequence[Chain], why: str) -> Generator[Work, Reply, list[Chain | None]]:
         """A child of each (unended) chain, one step longer and scored; None for one that the budget denied or that failed. Raises
@@ -62,6 +63,7 @@ class Walk:
                 if not 0 <= score <= 1:
                     raise ValueError(f"a process reward model gives chances in [0, 1], not {score:g}")
                 grown[i] = Chain(child.text, child.ids, child.steps, score, child.branch)
+        self.spare += [c for c in grown if c is not None and c.branch is not None and c.branch.usable]
         return grown
 
     def finish(self, chain: Chain) -> Generator[Work, Reply, list[Chain]]:

@@ -41,6 +41,8 @@ class Cashier:
         """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included, and for a
         step that pauses also the least answer after it."""
         info, unit = self.engine.info, self.budget.unit
+        if _pauses(request):
+            thinking = min(thinking, request.step_tokens)
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
         probes = len(flight.probes) if flight is not None else 0
         if info.probe_tokens and request.probe_every:
@@ -57,7 +59,7 @@ class Cashier:
         tokens, forks = thinking + self.engine.room_tokens, 0.0
         if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
             probes += 1  # one may be under way
-            whole = prompt + thinking
+            whole = prompt + thinking + self.engine.room_tokens  # a closing span may stand in its prompt
             forks = probes * self.pricer.most_fork(
                 unit, request, whole, info.probe_prefill, info.probe_tokens
             )

@@ -126,8 +126,10 @@ class Pricer:
             return self._dollars(prompt, tokens)
         if unit == "seconds" or self.shape is None:
             return 0.0
-        cached = max(prompt - prefill, 0)
-        return float(self._fork(request, prompt, cached, tokens, float(tokens)).eflops(self.intensity))
+        return max(
+            float(self._fork(request, prompt, cached, tokens, float(tokens)).eflops(self.intensity))
+            for cached in {max(prompt - prefill, 0), max(prompt - 1, 0)}
+        )
 
     def kinetics(self, request: Request, completion: Completion) -> Kinetics:
         """Kinetics Eq. 4 for one of N branches. The equation is linear in N: its slope is the branch's own cost, its intercept

@@ -198,7 +198,13 @@ class MockServer:
             tokens = tokens * (cap // max(len(tokens), 1) + 1) if not script.deaf else tokens * 1000
         ids = ([ord(c) for c in tokens] + [END])[:cap]
         stopped = len(ids) <= len(tokens) or len(tokens) < cap
-        ends = [i for i, token in enumerate(ids) if token in call.body.get("stop_token_ids", ())]
+        words = call.body.get("stop", ())
+        ends = [
+            i
+            for i, token in enumerate(ids)
+            if token in call.body.get("stop_token_ids", ())
+            or any("".join(map(chr, ids[: i + 1])).endswith(word) for word in words)
+        ]
         ids = ids[: ends[0] + 1] if ends else ids
         finish = "stop" if ends or (stopped and ids[-1] == END) else "length"
         if script.whole:
@@ -238,6 +244,8 @@ class MockServer:
         self, call: Call, script: Script, sent: int, part: list[int], finish: str | None
     ) -> Mapping[str, Any]:
         hidden = (END, *call.body.get("stop_token_ids", ()))
+        if call.body.get("include_stop_str_in_output"):
+            hidden = (END,)
         text = "".join(chr(i) for i in part if i not in hidden)
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         if call.path == "/v1/completions":

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from ttc import nano
+from ttc.api import Run, Settings
 from ttc.engine.http_server import Server
 from ttc.engine.model import load_model_files
 from ttc.engine.openai import OpenAIEngine
@@ -257,3 +258,50 @@ def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native:
     inserted = sum(d.forced_tokens - (d.closed and 1) for d in done)
     assert sum(d.generated_tokens for d in done) == sampled - (inserted if native else 0)
     assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
+
+
+class Longest:
+    """A process reward model that likes length: enough to search by, and nothing to load."""
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return len(texts)
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [len(text) / (1000 + len(text)) for text in texts]
+
+
+def test_search_and_anytime_answers_are_charged_as_the_server_counts(
+    engine: OpenAIEngine, server: str
+) -> None:
+    """Steps and forks are calls of their own on the branch's tokens: prompt and output tokens are the server's, most of the prompts
+    are found in its prefix cache, and every problem has an answer."""
+    before, cached = settled(server), metric(server, "prefix_cache_hits_total")
+    problems = sums(6)
+    settings = Settings(
+        policy="beam?n=4&width=2&step=;&tokens=40", budget="6k tokens", max_thinking_tokens=300
+    )
+    results = list(Run(problems, engine, settings, reward=Longest()).results())
+    steps = [branch for result in results for branch in result.branches]
+    assert all(result.answer is not None for result in results)
+    assert any(branch.completion.partial for branch in steps)
+    for branch in steps:
+        if branch.completion.partial and branch.finish == "stop":
+            assert branch.completion.text.endswith(";")
+    probed = Settings(
+        policy="parallel-probe?n=2&every=12&warmup=99",
+        budget="20k tokens",
+        max_thinking_tokens=300,
+        temperature=2.0,
+    )  # such chains are long: there is time to ask
+    results += list(Run(problems, engine, probed).results())
+    forks = [fork for result in results for branch in result.branches for fork in branch.completion.forks]
+    assert sum(len(branch.probes) for result in results for branch in result.branches) > 6
+    after = settled(server)
+    span = len(engine._call(engine._setting.span_ids(engine.info.format.close_text)))
+    inserted = span * len(forks)
+    charged = sum(r.charge.tokens_generated + r.charge.tokens_probe for r in results)
+    sampled = after["generation"] - before["generation"]
+    ended = sum(fork.output_tokens > span for fork in forks)
+    assert sampled <= charged - inserted <= sampled + 7 * (len(forks) - ended + 2 * len(problems))
+    assert sum(r.charge.tokens_prompt for r in results) == after["prompt"] - before["prompt"]
+    assert metric(server, "prefix_cache_hits_total") > cached

@@ -7,6 +7,8 @@ written into the prompt and a second call answers in the room; where the answer 
 goes on in the room. A call that was cut (a dropped connection, a cancellation) is counted for all that the
 server may have sampled, and the next has that much less. Hence, whatever the server does inside
 ``max_tokens``: generated + forced <= thinking_tokens + room_tokens.
+
+A branch of a search pauses at the end of its step: where the server stopped it at the step's text, or at ``step_tokens``.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class _Call:
 
     max_tokens: int
     accepted: bool = False
+    text: str = ""
     counted: int = 0
     usage: Usage | None = None
     finish: str = ""
@@ -80,7 +83,8 @@ class HTTPBranch:
     """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the
     chat template itself opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold
     back between two events. ``course``: how the thought is steered; by the server itself (``native``), or by ending
-    calls at each checkpoint and writing the trigger into the next prompt."""
+    calls at each checkpoint and writing the trigger into the next prompt. ``prefix_ids`` are the request's beginning in tokens,
+    ``step_ids`` the step's text, if that is one token."""
 
     request: Request
     form: AnswerFormat
@@ -92,6 +96,8 @@ class HTTPBranch:
     unseen: int = 0
     course: Course | None = None
     native: bool = False
+    prefix_ids: tuple[int, ...] = ()
+    step_ids: tuple[int, ...] = ()
     text: str = ""
     ids: list[int] = field(default_factory=list)
     ids_known: bool = True
@@ -104,6 +110,8 @@ class HTTPBranch:
     answering: bool = False
     closed_by_force: bool = False
     steered: bool = False
+    partial: bool = False
+    at_step: bool = False
     _answer_left: int = 0
     _last: Literal["", "stop", "length", "cut"] = ""
     _call: _Call | None = None
@@ -117,6 +125,13 @@ class HTTPBranch:
         """``max_tokens`` of the next call, once what must stand before it is inserted; 0: all is done."""
         if not self.answering:
             left = self.thinking - self.generated - self.forced
+            if self._pauses:
+                step = self.request.step_tokens - self.generated - self.forced
+                if self.at_step or (self._last in ("length", "cut") and step <= 0):
+                    self.partial = True
+                    return 0
+                if self._last != "stop":
+                    return step
             if (
                 self.course is not None
                 and not self.native
@@ -133,6 +148,16 @@ class HTTPBranch:
         elif self._last in ("stop", "length"):
             return 0
         return max(self._answer_left, 0)
+
+    @property
+    def _pauses(self) -> bool:
+        """True if the branch may pause: it is a step, the thought may be longer, and nobody has told it to answer."""
+        return 0 < self.request.step_tokens < self.thinking and not self.steered
+
+    @property
+    def thinking_open(self) -> bool:
+        """True if the thought is open."""
+        return self._thinking(stopped=False)
 
     @property
     def finish(self) -> Finish:
@@ -166,6 +191,9 @@ class HTTPBranch:
     def steering(self) -> dict[str, Any]:
         """Fields of the next call: instructions for a server that executes them, else where to stop."""
         course = self.course
+        if self._pauses and self.request.step_text and not self.answering:
+            told = {"stop": [self.request.step_text], "include_stop_str_in_output": True}
+            return told | ({"stop_token_ids": list(self.step_ids)} if self.step_ids else {})
         if course is None or self.answering:
             return {}
         if self.native and not self.ids:
@@ -286,6 +314,7 @@ class HTTPBranch:
                 self.text += self.form.think_open or "<think>"
                 self._folding = True
             self.text += delta.thought
+        call.text += delta.text
         if delta.text:
             if self._folding:
                 self.text += self.form.think_close or "</think>"
@@ -312,6 +341,8 @@ class HTTPBranch:
             self._last = "length" if call.tokens >= call.max_tokens else "stop"
         if not call.accepted:
             return
+        step = self.request.step_text
+        self.at_step = bool(step) and self._last == "stop" and self._pauses and call.text.endswith(step)
         self.accepted += 1
         tokens = call.tokens
         if cut:
@@ -350,6 +381,7 @@ class HTTPBranch:
             cached_tokens=self.cached_tokens,
             token_ids=tuple(self.ids) if self.ids_known else (),
             closed=self.closed_by_force,
+            partial=self.partial,
             mean_logprob=self._logprob_sum / self._scored if self._scored else None,
             error=error,
         )

@@ -9,11 +9,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ttc.engine.course import STEERING, Course
 from ttc.engine.http_branch import BYTES_PER_TOKEN, HTTPBranch, Spans
+from ttc.engine.http_fork import Probing
 from ttc.engine.http_server import Server
 from ttc.engine.http_stream import CallFailed, Delta, one_line
 from ttc.types import AnswerFormat, Completion, Finish, Problem, Request
@@ -45,9 +46,11 @@ class Setting:
     backoff_s: float
     seed: int
     slots: asyncio.Semaphore
+    probe_slots: asyncio.Semaphore
     unreachable: str = ""
     prompts: dict[tuple[str, float | None], list[int]] = field(default_factory=dict)
     spelt: dict[str, list[int]] = field(default_factory=dict)
+    tails: dict[tuple[int, str], str] = field(default_factory=dict)
 
     @property
     def room_tokens(self) -> int:
@@ -72,6 +75,20 @@ class Setting:
                 raise CallFailed(f"{text!r} is no token of this model's, so it can't be forced", again=False)
         return self.spelt[text]
 
+    async def tail(self, token: int, step: str) -> str:
+        """What a token says behind the end of a step's text: a server that stops at a text shows the token up to there only."""
+        key = (token, step)
+        if key not in self.tails:
+            try:
+                word = await self.server.detokenize([token])
+            except CallFailed as error:
+                LOG.info("the end of a step can't be read: %s", error)
+                return ""
+            cut = next((n for n in range(len(step), 0, -1) if word.startswith(step[-n:])), 0)
+            at = word.find(step)
+            self.tails[key] = word[at + len(step) :] if at >= 0 else word[cut:] if cut else ""
+        return self.tails[key]
+
     def backoff(self, failures: int, failure: CallFailed, lot: random.Random) -> float:
         """Seconds until the next try: doubling, between half and whole of it by lot, never before the
         server's Retry-After."""
@@ -80,10 +97,22 @@ class Setting:
 
 
 class Runner:
-    """One ticket. ``run`` returns its Completion whatever happens; ``moved`` is told the tokens so far."""
+    """One ticket, or (``fork``) an anytime answer of one. ``run`` returns its Completion whatever happens; ``moved`` is told the
+    tokens so far, ``probed`` each anytime answer: tokens so far, and the text."""
 
-    def __init__(self, setting: Setting, request: Request, moved: Callable[[int], None]) -> None:
-        self.setting, self.request, self.moved = setting, request, moved
+    def __init__(
+        self,
+        setting: Setting,
+        request: Request,
+        moved: Callable[[int], None],
+        probed: Callable[[int, str], None] = lambda tokens, text: None,
+        *,
+        fork: bool = False,
+    ) -> None:
+        self.setting, self.request, self.moved, self.fork = setting, request, moved, fork
+        self.probing = Probing(
+            request, lambda forked: Runner(setting, forked, lambda tokens: None, fork=True), probed
+        )
         self.branch: HTTPBranch | None = None
         self.lot = random.Random(f"{setting.seed}/{request.seed}")
         self.prompt_ids: list[int] = []
@@ -104,11 +133,22 @@ class Runner:
         if self._call is not None:
             self._call.cancel()
 
+    def probe(self, start: int, every: int) -> None:
+        """From ``start`` tokens on, answer at each multiple of ``every`` (see ``http_fork``)."""
+        self.probing.ask(start, every, len(self.branch.ids) if self.branch is not None else 0)
+
     async def run(self) -> Completion:
+        completion = await self._completion()
+        forks = tuple(self.probing.forks)
+        if not forks:
+            return completion
+        return replace(completion, forks=forks, probe_tokens=sum(fork.output_tokens for fork in forks))
+
+    async def _completion(self) -> Completion:
         finish: Finish = "error"
         error = ""
         try:
-            async with self.setting.slots:
+            async with self.setting.probe_slots if self.fork else self.setting.slots:
                 finish = await self._drive()
         except CallFailed as failure:
             error = one_line(str(failure))
@@ -117,6 +157,8 @@ class Runner:
         except Exception as failure:  # a mistake of ours must not leave the driver waiting for ever
             LOG.exception("seed %d failed", self.request.seed)
             error = f"{type(failure).__name__}: {one_line(str(failure))}"
+        finally:
+            await self.probing.end()
         if self.aborted and finish == "error":
             finish, error = "abort", ""
         if self.branch is None:
@@ -145,7 +187,7 @@ class Runner:
                 self.failures += 1
                 passes = PROMPT_PASSES + (self.request.control.most_insertions if self.request.control else 0)
                 spent = branch is not None and branch.least_passes > passes
-                if not failure.again or spent or self.failures > self.setting.max_retries:
+                if not failure.again or spent or self.fork or self.failures > self.setting.max_retries:
                     raise
                 LOG.info("seed %d, failure %d: %s", self.request.seed, self.failures, failure)
                 wait_s = self.setting.backoff(self.failures, failure, self.lot)
@@ -173,8 +215,10 @@ class Runner:
         room, thinking = setting.room_tokens, request.thinking_tokens
         if server.exact:
             self.prompt_ids = list(await setting.prompt_ids(request.problem, request.effort))
-            if request.prefix:
-                self.prompt_ids += await server.tokenize(text=request.prefix)
+            prefix = list(request.prefix_ids)
+            if request.prefix and not prefix:
+                prefix = await server.tokenize(text=request.prefix)
+            self.prompt_ids += prefix
             prompt = len(self.prompt_ids)
             thinking = min(thinking, setting.context - prompt - room)
             if thinking < 0:
@@ -196,7 +240,16 @@ class Runner:
             unseen=server.stream_interval - 1 if server.is_vllm else 0,
             course=await self._course(thinking) if request.control is not None else None,
             native=bool(server.steers),
+            prefix_ids=request.prefix_ids,
+            step_ids=await self._step_ids(),
         )
+
+    async def _step_ids(self) -> tuple[int, ...]:
+        """The one token that the step's text is: an end that the server sees before it reads the text (none: the text alone)."""
+        if not self.request.step_text:
+            return ()
+        ids = await self.setting.span_ids(self.request.step_text)
+        return tuple(ids) if len(ids) == 1 else ()
 
     async def _course(self, thinking: int) -> Course:
         """The request's control in this model's tokens. Raises CallFailed also for what no server can do."""
@@ -226,6 +279,7 @@ class Runner:
             going = branch.receive(delta)
             self.setting.unreachable = ""
             self.moved(branch.output_tokens)
+            self.probing.look(branch)
             if not going:
                 server.say_once(f"the server samples past {server.max_field}; calls are cut there")
             return going
@@ -237,6 +291,8 @@ class Runner:
             cut = False
         finally:
             branch.end(cut=cut)
+        if branch.at_step and branch.ids:
+            branch.text += await self.setting.tail(branch.ids[-1], self.request.step_text)
 
     async def _body(self, branch: HTTPBranch, max_tokens: int) -> tuple[str, dict[str, Any]]:
         request, server, answering = self.request, self.setting.server, branch.answering

@@ -29,7 +29,7 @@ from ttc.engine.http_branch import Span, Spans
 from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
 from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
 from ttc.engine.http_stream import CallFailed
-from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.errors import EngineError, InputError, TTCError
 from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
 
@@ -82,6 +82,7 @@ class OpenAIEngine:
         self._news = threading.Condition()
         self._finished: list[tuple[int, Completion]] = []
         self._moved: dict[int, Progress] = {}
+        self._probed: list[Probed] = []
         self._running: dict[int, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = Counters()
@@ -109,6 +110,8 @@ class OpenAIEngine:
             prompt_passes=PROMPT_PASSES,
             thinking_tokens=files.thinking_tokens if files is not None else 0,
             signals=("mean-logprob",),
+            probe_tokens=self.room_tokens if self._server.exact and form.think_close else None,
+            probe_prefill=self._setting.context,  # what is in the server's cache can't be known beforehand
             identity={
                 **(files.identity if files is not None else {}),
                 "model": served.id,
@@ -152,8 +155,10 @@ class OpenAIEngine:
             except CallFailed as error:
                 raise InputError(cannot_open(server.url, error)) from error
             opens = bool(form.think_open.strip()) and end.endswith(form.think_open.strip())
-        slots = asyncio.Semaphore(concurrency)
-        return Setting(server, form, Spans(*spans), opens, context, max_retries, backoff_s, seed, slots)
+        slots, probe_slots = asyncio.Semaphore(concurrency), asyncio.Semaphore(max(1, concurrency // 8))
+        return Setting(
+            server, form, Spans(*spans), opens, context, max_retries, backoff_s, seed, slots, probe_slots
+        )
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the engine's loop and wait for it."""
@@ -214,6 +219,28 @@ class OpenAIEngine:
                 " trigger are seen only inside the engine; install ttc beside that vLLM"
             )
 
+    def check_steps(self, text: str) -> None:
+        """Raise InputError if chains can't be written in steps that end behind ``text`` ("": by token count alone)."""
+        if not self._server.exact:
+            raise InputError(
+                f"engine: {self._server.url} has no /tokenize or no /v1/completions, so no chain can be gone on from token by token"
+                " there; use a vLLM server, or a policy that does not search"
+            )
+        if text:
+            try:
+                self._call(self._setting.span_ids(text))
+            except CallFailed as error:
+                raise InputError(f"step: {error}; use another delimiter, or tokens alone") from error
+        self._server.say_once(
+            "each step of a search is a call of its own and pays its chain's beginning again; what the server has in its prefix"
+            " cache it does not compute again"
+        )
+
+    def probe(self, ticket: int, start: int, every: int) -> None:
+        """From ``start`` tokens on, ask a running branch for its anytime answer at each multiple of ``every`` tokens, as soon as
+        the server's events tell that it is there: a call of its own on the branch's tokens (``http_fork``)."""
+        self._on_loop(self._probe, ticket, start, every)
+
     def submit(self, ticket: int, request: Request) -> None:
         self._on_loop(self._start, ticket, request)
         with self._news:
@@ -242,10 +269,10 @@ class OpenAIEngine:
         if self._loop.is_closed():
             raise EngineError("the engine is closed")
         with self._news:
-            if not self._finished:
+            if not (self._finished or self._probed):
                 self._news.wait(STEP_WAIT_S)
-            report = StepReport(self._finished, self._moved)
-            self._finished, self._moved = [], {}
+            report = StepReport(self._finished, self._moved, self._probed)
+            self._finished, self._moved, self._probed = [], {}, []
             gone = self._setting.unreachable
             if gone and not self._running and not report.finished:
                 raise EngineError(f"{self._server.url} can't be reached any more: {gone}", retryable=True)
@@ -284,7 +311,14 @@ class OpenAIEngine:
             with self._news:
                 self._moved[ticket] = Progress(tokens, None)
 
-        self._running[ticket] = runner = Runner(self._setting, request, moved)
+        def probed(tokens: int, text: str) -> None:
+            with self._news:
+                self._probed.append(Probed(ticket, tokens, text))
+                self._news.notify_all()
+
+        self._running[ticket] = runner = Runner(self._setting, request, moved, probed)
+        if request.probe_every and self._info.probe_tokens is not None:
+            self._say_probed()
         task = self._loop.create_task(self._run(ticket, runner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -296,9 +330,9 @@ class OpenAIEngine:
             self._moved.pop(ticket, None)
             self._finished.append((ticket, completion))
             self._count(
-                output_tokens=completion.output_tokens,
-                prompt_tokens=completion.prompt_tokens,
-                cached_tokens=completion.cached_tokens,
+                output_tokens=completion.output_tokens + completion.probe_tokens,
+                prompt_tokens=completion.prompt_tokens + sum(f.prompt_tokens for f in completion.forks),
+                cached_tokens=completion.cached_tokens + sum(f.cached_tokens for f in completion.forks),
             )
             self._news.notify_all()
 
@@ -311,6 +345,17 @@ class OpenAIEngine:
         for ticket in tickets:
             if (runner := self._running.get(ticket)) is not None:
                 runner.abort()
+
+    def _probe(self, ticket: int, start: int, every: int) -> None:
+        if (runner := self._running.get(ticket)) is not None and self._info.probe_tokens is not None:
+            self._say_probed()
+            runner.probe(start, every)
+
+    def _say_probed(self) -> None:
+        self._server.say_once(
+            "anytime answers are calls of their own, which pay the prompt and the thought so far again; what the server has in its"
+            " prefix cache it does not compute again"
+        )
 
     def _steer(self, ticket: int) -> None:
         if (runner := self._running.get(ticket)) is not None:
