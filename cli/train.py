@@ -29,6 +29,10 @@ def reasoner(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the data and the initial weights.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Ignore a checkpoint in --out.")] = False,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="A model (name or folder) whose schedule is continued from its weights."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")
     ] = None,
@@ -40,7 +44,15 @@ def reasoner(
     from ttc.rl import reasoner
 
     folder = reasoner.train(
-        size, out, minutes=minutes, tokens=tokens, seed=seed, restart=restart, device=device, ship=ship
+        size,
+        out,
+        minutes=minutes,
+        tokens=tokens,
+        seed=seed,
+        restart=restart,
+        start=start,
+        device=device,
+        ship=ship,
     )
     print(folder)
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttc import nano
 from ttc.errors import InputError
 from ttc.rl import card, heldout
-from ttc.rl.model import Nano, Shape, save, size_config, use_half
+from ttc.rl.model import Nano, Shape, config_shape, load, save, size_config, use_half
 from ttc.rl.tokenizer import PAD
 from ttc.rl.traces import Corpus, Trace
 
@@ -52,6 +53,7 @@ class Run:
         self.optimizers = optimizers(self.model, self.training)
         self.corpus = Corpus(random.Random(seed), config["data"], held_out)
         self.step, self.tokens, self.read_tokens, self.seconds = 0, 0, 0, 0.0
+        self.first_step = 0  # of this run's optimisers: the rate warms up from here
         self.curve: list[dict[str, float]] = []
         self.recent: list[float] = []
 
@@ -79,7 +81,8 @@ class Run:
     def _set_rates(self, progress: float) -> None:
         t = self.training
         fall = max(0.0, (progress - t["decay_from"]) / (1 - t["decay_from"]))
-        scale = min(1.0, (self.step + 1) / t["warmup_steps"]) * (1 - fall * (1 - t["final_rate"]))
+        warm = (self.step + 1 - self.first_step) / t["warmup_steps"]
+        scale = min(1.0, warm) * (1 - fall * (1 - t["final_rate"]))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = t["learning_rate"] * scale
@@ -112,6 +115,18 @@ class Run:
         (out / "loss.json").write_text(json.dumps(self.curve, indent=1))
         save(self.model, out / "model")
 
+    def start_from(self, folder: Path) -> None:
+        """Continue the schedule of a shipped model from its weights alone: its card says how far it got. The optimisers start
+        anew (the rate warms up again) and the data are fresh."""
+        if config_shape(folder) != self.model.shape:
+            raise InputError(f"--from {folder}: has another shape than this size; use a model of the same size")
+        self.model.load_state_dict(load(folder).state_dict())
+        made = card.read(folder)["training"]
+        self.step = self.first_step = made["steps"]
+        self.tokens, self.read_tokens, self.seconds = made["tokens"], made["tokens_read"], 60 * made["minutes"]
+        self.curve = json.loads((folder / "loss.json").read_text())
+        self.corpus.rng.seed(f"{self.training['seed']} from {self.tokens}")
+
     def resume(self, out: Path) -> None:
         """Continue from a checkpoint of the same configuration."""
         state = torch.load(out / "checkpoint.pt", map_location=self.device, weights_only=True)
@@ -133,7 +148,7 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("shape", "data")}
 
 
-_COUNTERS = ("step", "tokens", "read_tokens", "seconds", "curve", "recent")
+_COUNTERS = ("step", "first_step", "tokens", "read_tokens", "seconds", "curve", "recent")
 
 
 def optimizers(model: nn.Module, training: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
@@ -202,6 +217,7 @@ def train(
     tokens: int | None = None,
     seed: int = 0,
     restart: bool = False,
+    start: str | Path | None = None,
     checkpoint_minutes: float = 3.0,
     device: str | None = None,
     ship: bool = False,
@@ -211,7 +227,8 @@ def train(
     ``nano-SIZE``.
 
     The schedule runs over ``tokens`` targets (default: the size's TOML file); ``minutes`` ends it earlier,
-    with the schedule squeezed to fit, which no longer repeats exactly.
+    with the schedule squeezed to fit, which no longer repeats exactly. ``start`` (a folder or an embedded model's name)
+    continues the schedule from a model whose checkpoint is gone.
     """
     config = size_config(size)
     config["training"]["tokens"] = tokens or config["training"]["tokens"]
@@ -220,6 +237,8 @@ def train(
     run = Run(config, seed, device or ("cuda" if torch.cuda.is_available() else "cpu"), heldout.keys())
     if not restart and (folder / "checkpoint.pt").exists():
         run.resume(folder)
+    elif start is not None:
+        run.start_from(nano.resolve(str(start)) or Path(start))
     started, earlier, saved = time.monotonic(), run.seconds, time.monotonic()
     while (progress := _progress(run, minutes)) < 1:
         run.advance(progress)
@@ -250,6 +269,8 @@ def _ship(run: Run, size: str, folder: Path) -> Path:
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m ttc.rl.reasoner --size {size} --seed {run.training['seed']} --ship",
     }
+    if run.first_step:
+        training["legs"] = f"2: weights and schedule from step {run.first_step} on, with fresh optimisers (--from)"
     tasks = [task for family in heldout.GRADED.values() for task in family]
     return card.ship(folder, f"nano-{size}", tasks, training)
 
@@ -269,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, help="targets to train on (default: the size's file)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out")
+    parser.add_argument("--from", dest="start", help="a model whose schedule is continued from its weights")
     parser.add_argument("--device")
     parser.add_argument("--ship", action="store_true", help="put the model into ttc/nano as nano-SIZE")
     print(train(**vars(parser.parse_args(argv))))
