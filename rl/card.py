@@ -191,10 +191,10 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         lines.append(
             f"| {short(row['task'])} | {row['problems']} × {row['samples']} | {k} | {figures} | {tail} |"
         )
-    if curve := evaluation.get("by_samples"):
+    for task, curve in evaluation.get("by_samples", {}).items():
         lines += [
             "",
-            f"By samples ({short(demo)}; {curve[0]['problems']} problems):",
+            f"By samples ({short(task)}; {curve[0]['problems']} problems):",
             "",
             "| k | coverage@k | majority@k |",
             "| --- | --- | --- |",

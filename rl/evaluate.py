@@ -184,17 +184,30 @@ def joined(parts: Sequence[Answers]) -> Answers:
     )
 
 
+def stacked(parts: Sequence[Answers]) -> Answers:
+    """Different problems drawn equally often, one below the other."""
+    return Answers(
+        np.concatenate([part.right for part in parts]),
+        [row for part in parts for row in part.answers],
+        np.concatenate([part.thinking for part in parts]),
+        np.concatenate([part.closed for part in parts]),
+    )
+
+
 def difficulty(
     sampler: Sampler, task: str, n: int, samples: int, seeds: Sequence[int] = SEEDS, votes: int = 8
 ) -> dict[str, Any]:
-    """One row of the table by difficulty: ``samples`` for each seed."""
+    """One row of the table by difficulty: ``samples`` for each seed. Long problems are dear: each seed takes a share of them,
+    so that the row still has ``n``."""
+    long = task in heldout.GRADED["long"]
+    items = heldout.items(task, n)
     parts, tokens, started = [], 0, time.monotonic()
-    for seed in seeds:
-        bench = Bench(sampler, task, n, samples, seed)
+    for index, seed in enumerate(seeds):
+        bench = Bench(sampler, task, n, samples, seed, items[index :: len(seeds)] if long else items)
         thoughts = bench.think()
         parts.append(bench.answer(thoughts))
         tokens += sum(map(len, thoughts))
-    found = joined(parts)
+    found = (stacked if long else joined)(parts)
     by_seed = [round(float(part.right.mean()), 4) for part in parts]
     rate = round(tokens / (time.monotonic() - started))
     return {"task": task, **summary(found, votes), "by_seed": by_seed, "tokens_per_s": rate}
@@ -287,6 +300,13 @@ def efforts(sampler: Sampler, task: str, n: int, samples: int) -> list[dict[str,
     return rows
 
 
+def by_samples_of(tasks: Sequence[str], n: int, curve: int) -> dict[str, tuple[int, int]]:
+    """Problems and samples of the curves by samples: the demo, the easiest sums (for the smallest model), and a task of each
+    other short family."""
+    shown = (*heldout.GRADED["sums"][1:2], heldout.GRADED["products"][0], heldout.GRADED["countdown"][0])
+    return {tasks[0]: (n // 2, curve)} | {task: (n, min(16, curve)) for task in shown if task in tasks}
+
+
 def evaluate(
     sampler: Sampler,
     tasks: Sequence[str],
@@ -298,18 +318,16 @@ def evaluate(
     """All measurements of a model, part by part (the whole so far is given each time, ``known`` parts are kept); the first task
     is the demo.
 
-    A row by difficulty has ``n`` problems × ``samples`` × three seeds; long problems a third of both. Coverage and vote up
-    to ``curve`` samples (the demo) take half the problems. Triggers are measured on every short task, forced closes on the
-    demo, products and long sums.
+    A row by difficulty has ``n`` problems × ``samples`` × three seeds, or one sample a problem where they are long. Coverage and
+    vote go up to ``curve`` samples on half the problems of the demo, and to 16 on one task of each short family. Triggers are
+    measured on every short task, forced closes on the demo, products and long sums.
     """
     found: dict[str, Any] = {"seed": heldout.EVAL_SEED, "by_difficulty": []} | dict(known or {})
     rows, long = found["by_difficulty"], heldout.GRADED["long"]
     for task in tasks:
         if all(row["task"] != task for row in rows):
             rows.append(
-                difficulty(
-                    sampler, task, *((n // 3, 1, SEEDS, 3) if task in long else (n, samples, SEEDS, 8))
-                )
+                difficulty(sampler, task, n, *((1, SEEDS, 1) if task in long else (samples, SEEDS, 8)))
             )
             yield found
     some = max(1, samples - 1)
@@ -332,9 +350,10 @@ def evaluate(
     if "efforts" not in found:
         found["efforts"] = efforts(sampler, tasks[0], n, some)
         yield found
-    if "by_samples" not in found:
-        found["by_samples"] = by_samples(sampler, tasks[0], n // 2, curve)
-        yield found
+    for task, (size, most) in by_samples_of(tasks, n, curve).items():
+        if task not in found.setdefault("by_samples", {}):
+            found["by_samples"][task] = by_samples(sampler, task, size, most)
+            yield found
 
 
 def main(argv: list[str] | None = None) -> None:

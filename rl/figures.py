@@ -1,13 +1,14 @@
-"""The family side by side, from its cards: ``python -m ttc.rl.figures`` prints the tables of docs/nano.md and draws its figures.
+"""The family side by side, from its cards: ``python -m ttc.rl.figures`` writes docs/nano_tables.md and draws docs/nano_curves.png.
 
-Nothing is measured here: ``ttc.rl.evaluate`` writes the cards, training the loss curves beside them.
+Nothing is measured here: ``ttc.rl.evaluate`` writes the cards, training the loss curves beside them, ``ttc.rl.family`` the study
+of size × samples × length (docs/nano_family.json).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,86 @@ def by_triggers(found: Cards) -> list[str]:
     return lines
 
 
-def draw(found: Cards, out: Path) -> list[Path]:
-    """Loss by targets; accuracy by samples; accuracy by forced thinking length; effort. Returns the files."""
+def by_samples(found: Cards) -> list[str]:
+    """Where 16 samples buy most for each size: coverage and vote over pass@1, from the cards and the family study."""
+    lines = [
+        "| model | task | pass@1 | majority@16 | gain, points | coverage@16 | gain, points |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, info in found.items():
+        for task, rows in info["evaluation"]["by_samples"].items():
+            at = {row["k"]: row for row in rows}
+            one, many = at[1]["coverage"], at[16]
+            gains = [f"{100 * (many[what]['mean'] - one['mean']):+.1f}" for what in ("majority", "coverage")]
+            cells = [cell(one), cell(many["majority"]), gains[0], cell(many["coverage"]), gains[1]]
+            lines.append(f"| {name} | {card.short(task)} | {' | '.join(cells)} |")
+    return lines
+
+
+def by_length(found: Cards) -> list[str]:
+    """pass@1 when the thought is closed by force after so many tokens."""
+    lines: list[str] = []
+    for task in next(iter(found.values()))["evaluation"]["forced_close"]:
+        tables = {name: info["evaluation"]["forced_close"][task] for name, info in found.items()}
+        budgets = [row["budget"] for row in next(iter(tables.values()))]
+        lines += [
+            "",
+            f"{card.short(task)}, at most so many thinking tokens:",
+            "",
+            f"| model | {' | '.join(map(str, budgets))} |",
+            "|" + " --- |" * (len(budgets) + 1),
+            *(
+                f"| {name} | {' | '.join(cell(row['pass@1']) for row in rows)} |"
+                for name, rows in tables.items()
+            ),
+        ]
+    return lines[1:]
+
+
+def speeds(study: Mapping[str, Any]) -> list[str]:
+    """Tokens a second of each size."""
+    return [
+        "| model | parameters | branches | tokens a second (least and most of the rounds) |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row['model']} | {row['params']:,} | {row['branches']} | {row['tokens_per_s']:,} "
+            f"({row['spread'][0]:,}–{row['spread'][1]:,}) |"
+            for row in study.get("speed", ())
+        ),
+    ]
+
+
+SECTIONS: Mapping[str, Callable[[Cards], list[str]]] = {
+    "Training": training,
+    "Size: pass@1, percent": by_size,
+    "Samples": by_samples,
+    "Length: the thought closed by force, pass@1": by_length,
+    "Triggers behind the first conclusion: pass@1 on the hard half": by_triggers,
+}
+
+
+def tables(found: Cards, study: Mapping[str, Any]) -> str:
+    """All tables, in Markdown."""
+    lines = [
+        "# The nano family in figures",
+        "",
+        "Written by `python -m ttc.rl.figures` from the models' cards (`ttc/nano/*/card.json`, `python -m ttc.rl.evaluate`) and the",
+        "family study (`python -m ttc.rl.family`). Held-out problems, three seeds, temperature 1, in vLLM; brackets are 95 % intervals,",
+        "bootstrapped over problems. What it means is told in [nano.md](nano.md).",
+    ]
+    for title, section in SECTIONS.items():
+        lines += ["", f"## {title}", "", *section(found)]
+    if "speed" in study:
+        lines += ["", "## Speed in vLLM", "", *speeds(study)]
+    if "study" in study:
+        from ttc.rl.family import tables as family_tables
+
+        lines += ["", "## Size × samples × length against cost", family_tables(study["study"])]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Cards, out: Path) -> Path:
+    """Loss by targets; accuracy by samples; accuracy by forced thinking length; effort. Returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +162,7 @@ def draw(found: Cards, out: Path) -> list[Path]:
         axes[0].plot(
             [p["tokens"] / 1e6 for p in curve], [p["loss"] for p in curve], color=f"C{color}", label=name
         )
-        rows = info["evaluation"]["by_samples"]
+        rows = info["evaluation"]["by_samples"][info["tasks"][0]]
         axes[1].plot([r["k"] for r in rows], [r["majority"]["mean"] for r in rows], **style)
         axes[1].plot(
             [r["k"] for r in rows], [r["coverage"]["mean"] for r in rows], color=f"C{color}", linestyle=":"
@@ -113,7 +192,7 @@ def draw(found: Cards, out: Path) -> list[Path]:
     file = out / "nano_curves.png"
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
-    return [file]
+    return file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where the figures go")
     args = parser.parse_args(argv)
     found = cards()
-    for lines in (training(found), by_size(found), by_triggers(found)):
-        print("\n".join(lines), end="\n\n")
-    for file in draw(found, args.out):
-        print(file)
+    family = args.out / "nano_family.json"
+    file = args.out / "nano_tables.md"
+    file.write_text(tables(found, json.loads(family.read_text()) if family.exists() else {}))
+    print(file, draw(found, args.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def countdown(numbers: int) -> str:
 
 
 GRADED = {
-    "sums": (between((3, 6), (2, 2)), between((6, 10), (2, 2)), between((8, 12), (1, 1)), between((4, 6), (3, 3))),
+    "sums": (
+        between((3, 6), (2, 2)), between((4, 8), (1, 1)), between((8, 12), (1, 1)), between((6, 10), (2, 2)),
+        between((4, 6), (3, 3)),
+    ),
     "long": (between((16, 24), (1, 1)), between((24, 32), (1, 1)), between((16, 24), (2, 2)), between((24, 32), (2, 2))),
     "products": (product(2), product(3)),
     "countdown": (countdown(3), countdown(4)),

@@ -119,11 +119,17 @@ class Run:
         """Continue the schedule of a shipped model from its weights alone: its card says how far it got. The optimisers start
         anew (the rate warms up again) and the data are fresh."""
         if config_shape(folder) != self.model.shape:
-            raise InputError(f"--from {folder}: has another shape than this size; use a model of the same size")
+            raise InputError(
+                f"--from {folder}: has another shape than this size; use a model of the same size"
+            )
         self.model.load_state_dict(load(folder).state_dict())
         made = card.read(folder)["training"]
         self.step = self.first_step = made["steps"]
-        self.tokens, self.read_tokens, self.seconds = made["tokens"], made["tokens_read"], 60 * made["minutes"]
+        self.tokens, self.read_tokens, self.seconds = (
+            made["tokens"],
+            made["tokens_read"],
+            60 * made["minutes"],
+        )
         self.curve = json.loads((folder / "loss.json").read_text())
         self.corpus.rng.seed(f"{self.training['seed']} from {self.tokens}")
 
@@ -270,7 +276,9 @@ def _ship(run: Run, size: str, folder: Path) -> Path:
         "command": f"python -m ttc.rl.reasoner --size {size} --seed {run.training['seed']} --ship",
     }
     if run.first_step:
-        training["legs"] = f"2: weights and schedule from step {run.first_step} on, with fresh optimisers (--from)"
+        training["legs"] = (
+            f"2: weights and schedule from step {run.first_step} on, with fresh optimisers (--from)"
+        )
     tasks = [task for family in heldout.GRADED.values() for task in family]
     return card.ship(folder, f"nano-{size}", tasks, training)
 
