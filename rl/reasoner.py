@@ -45,7 +45,7 @@ class Run:
     """A training run: what a checkpoint holds, and the step that advances it."""
 
     def __init__(self, config: Mapping[str, Any], seed: int, device: str, held_out: frozenset[str]) -> None:
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.seed = config, torch.device(device), seed
         self.training: Mapping[str, Any] = config["training"]
         torch.manual_seed(seed)
         self.model = Nano(Shape(**config["shape"])).to(self.device)
@@ -131,7 +131,7 @@ class Run:
             60 * made["minutes"],
         )
         self.curve = json.loads((folder / "loss.json").read_text())
-        self.corpus.rng.seed(f"{self.training['seed']} from {self.tokens}")
+        self.corpus.rng.seed(f"{self.seed} from {self.tokens}")
 
     def resume(self, out: Path) -> None:
         """Continue from a checkpoint of the same configuration."""

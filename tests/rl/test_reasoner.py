@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     assert second.tokens == whole.tokens
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_schedule_is_continued_from_a_shipped_model(tmp_path: Path) -> None:
+    """Weights, counts and curve are taken over; the rate warms up again; the data are fresh."""
+    first = Run(CONFIG, 0, "cpu", frozenset())
+    losses = steps(first, 10)
+    first.log()
+    first.save(tmp_path)
+    model = tmp_path / "model"
+    counts = {"steps": first.step, "tokens": first.tokens, "tokens_read": first.read_tokens, "minutes": 2.0}
+    (model / "card.json").write_text(json.dumps({"training": counts}))
+    (model / "loss.json").write_text(json.dumps(first.curve))
+    second = Run(CONFIG, 0, "cpu", frozenset())
+    second.start_from(model)
+    assert (second.step, second.tokens, second.seconds) == (10, first.tokens, 120.0)
+    assert second.curve == first.curve
+    assert second.corpus.draw(0.5).ids != Run(CONFIG, 0, "cpu", frozenset()).corpus.draw(0.5).ids
+    assert np.mean(steps(second, 14)) < losses[0]  # learnt, not begun again
+    rates = {group["lr"] for optimizer in second.optimizers for group in optimizer.param_groups}
+    assert max(rates) <= CONFIG["training"]["learning_rate"]
+    other = {**CONFIG, "shape": {**CONFIG["shape"], "layers": CONFIG["shape"]["layers"] + 1}}
+    with pytest.raises(ValueError, match="another shape"):
+        Run(other, 0, "cpu", frozenset()).start_from(model)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
