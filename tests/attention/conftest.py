@@ -42,4 +42,4 @@ def stock(tiny: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def sparse(tiny: Path) -> Any:
     """The plugin in force, through the per-head path even where it saves nothing."""
-    return open_engine(tiny, sparse={"always": True})
+    return open_engine(tiny, sparse={"when": "always"})

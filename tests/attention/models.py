@@ -44,7 +44,7 @@ def open_engine(folder: Path, *, sparse: dict[str, Any] | None = None, **changes
         "model": str(folder), "skip_tokenizer_init": True, "dtype": "auto", "max_model_len": 1024, "max_num_seqs": 6,
         "block_size": PAGE, "enforce_eager": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 160,
         "enable_prefix_caching": True, "async_scheduling": False, "kv_cache_memory_bytes": 2**26,
-        "additional_config": {"ttc_sparse": sparse or {}},
+        "additional_config": {"ttc_sparse": {"when": "cheaper"} | (sparse or {})},
     }  # fmt: skip
     _OPEN.append(vllm.v1.engine.llm_engine.LLMEngine.from_engine_args(vllm.EngineArgs(**(args | changes))))
     return _OPEN[-1]

@@ -45,7 +45,7 @@ def watch(
     from ttc.attention import cpu
 
     stores: dict[str, tuple[Tensor, Tensor]] = {}
-    write, attend, forward = cpu.SparseImpl.do_kv_cache_update, cpu.SparseImpl._attend, cpu.SparseImpl.forward
+    write, attend, forward = cpu.CpuImpl.do_kv_cache_update, cpu.CpuImpl._attend, cpu.CpuImpl.forward
     calls: list[tuple[Any, ...]] = []
 
     def writing(
@@ -71,14 +71,12 @@ def watch(
         if step is None or not calls or not every():
             return made
         _, grouped, _, _, output, _, lengths, table, _ = calls[0]
-        heads = step.builder.num_kv_heads
+        heads = len(step.planner.factors[layer.layer_name])
         keys, values = stores[layer.layer_name]
-        page = step.builder.block_size
+        page = step.planner.page
         for i, row in enumerate(step.settings):
-            pages = step.tables[i, : int(step.pages[i])].tolist()
-            slots = (torch.tensor(pages)[:, None] * page + torch.arange(page)).flatten()[
-                : int(step.lengths[i])
-            ]
+            pages = step.tables[i, : step.pages[i]].tolist()
+            slots = (torch.tensor(pages)[:, None] * page + torch.arange(page)).flatten()[: step.lengths[i]]
             own = slice(i * heads, (i + 1) * heads)
             check(
                 Seen(
@@ -89,9 +87,9 @@ def watch(
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.SparseImpl, "do_kv_cache_update", writing)
-        patch.setattr(cpu.SparseImpl, "_attend", attending)
-        patch.setattr(cpu.SparseImpl, "forward", forwarding)
+        patch.setattr(cpu.CpuImpl, "do_kv_cache_update", writing)
+        patch.setattr(cpu.CpuImpl, "_attend", attending)
+        patch.setattr(cpu.CpuImpl, "forward", forwarding)
         yield
 
 

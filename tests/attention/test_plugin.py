@@ -62,7 +62,7 @@ def test_without_a_budget_the_plugin_is_stock(tiny: Path, dense: tuple[Outputs, 
 def test_preempted_and_recomputed(tiny: Path, stock: Callable[..., Any]) -> None:
     """A pool of 40 pages for six branches: some are thrown out and computed again."""
     small = {"num_gpu_blocks_override": 40, "enable_prefix_caching": False}
-    bare, ours = stock(**small), open_engine(tiny, sparse={"always": True}, **small)
+    bare, ours = stock(**small), open_engine(tiny, sparse={"when": "always"}, **small)
     asked = prompts(6, seed=3)
     wanted = decode(bare, asked, tokens=60)
     assert decode(ours, asked, KvSetting(ALL), tokens=60) == wanted

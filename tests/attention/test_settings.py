@@ -12,6 +12,7 @@ import torch
 from ttc.attention import choose
 from ttc.attention.compiled import selector
 from ttc.attention.settings import METHODS, KvSetting, SparseOptions, read_setting
+from ttc.attention.worth import BY_BYTES, NONE, Overhead, by_time, store, stored, stored_path
 from ttc.costmodel import METHODS as PRICED
 from ttc.errors import InputError
 
@@ -61,7 +62,8 @@ def test_every_method_has_a_price() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{"dense_layers": -1}, {"share_layers": 0}, {"share_steps": "2"}, {"selector": "fast"}, {"colour": 1}]
+    "told", [{"dense_layers": -1}, {"share_layers": 0}, {"share_steps": "2"}, {"selector": "fast"}, {"colour": 1},
+     {"when": "often"}, {"overhead": [1]}, {"overhead": "x"}, {"overhead": [1, -2]}]
 )  # fmt: skip
 def test_bad_engine_options_are_named(told: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(told))):
@@ -143,15 +145,39 @@ def _best(values: list[float], keep: int) -> list[int]:
 
 def test_pages_by_head_keep_to_the_whole() -> None:
     pytest.importorskip("vllm")
-    from ttc.attention.cpu import pages_kept
+    from ttc.attention.steps import pages_kept
 
     setting = KvSetting(320)
-    assert pages_kept(setting, 40, 32, (1.0, 1.0)) == [10, 10]
-    assert pages_kept(setting, 40, 32, (1.55, 0.45)) in ([15, 5], [16, 4])
-    assert pages_kept(setting, 40, 32, (1.9, 0.01)) == [19, 1]
-    assert pages_kept(setting, 12, 32, (1.9, 0.1)) == [12, 1]
-    assert pages_kept(setting, 10, 32, (1.0, 1.0)) == [10, 10]
-    assert pages_kept(KvSetting(2048, "quest"), 66, 32, (1.0,)) == [
-        66
-    ]  # its bounds would cost more than the rest of the keys
-    assert pages_kept(KvSetting(2048, "streaming"), 66, 32, (1.0,)) == [64]
+    assert pages_kept(setting, 40, 32, (1.0, 1.0), BY_BYTES) == [10, 10]
+    assert pages_kept(setting, 40, 32, (1.55, 0.45), BY_BYTES) in ([15, 5], [16, 4])
+    assert pages_kept(setting, 40, 32, (1.9, 0.01), BY_BYTES) == [19, 1]
+    assert pages_kept(setting, 12, 32, (1.9, 0.1), BY_BYTES) == [12, 1]
+    assert pages_kept(setting, 10, 32, (1.0, 1.0), BY_BYTES) == [10, 10]
+    # its bounds would cost more than the rest of the keys
+    assert pages_kept(KvSetting(2048, "quest"), 66, 32, (1.0,), BY_BYTES) == [66]
+    assert pages_kept(KvSetting(2048, "streaming"), 66, 32, (1.0,), BY_BYTES) == [64]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "overhead", [BY_BYTES, Overhead(1.5, 700.0), NONE, Overhead(32.0), Overhead(0.5, float("inf"))]
+)
+def test_a_row_is_dense_up_to_where_choosing_pays(method: str, overhead: Overhead) -> None:
+    setting = KvSetting(256, method)
+    most = overhead.dense_below(setting, 32)
+    for pages in range(1, 200):
+        assert overhead.dense(setting, pages, 32) == (pages * 32 <= most)
+    assert overhead is not NONE or most == 0
+
+
+def test_the_measured_cost_is_kept_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = stored_path({"page": 32})
+    assert path.parent == tmp_path / "ttc"
+    assert path != stored_path({"page": 64})
+    assert stored(path) is None
+    store(path, Overhead(1.25, 300.0), {"page": 32})
+    assert stored(path) == Overhead(1.25, 300.0)
+    path.write_text("torn")
+    assert stored(path) is None
+    assert by_time(Overhead(0.1, -5.0)) == BY_BYTES  # never under the bytes

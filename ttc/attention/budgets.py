@@ -63,12 +63,12 @@ def _position(layer: str) -> int:
 
 @contextmanager
 def observed() -> Iterator[Needs]:
-    """While open, dense and sparse decoding on this process's engines is watched. The engine must be set to ``always``, and its
-    requests carry a budget that holds their whole context (any method)."""
+    """While open, dense and sparse decoding on this process's engines is watched. The engine must decode sparsely "always", and
+    its requests carry a budget that holds their whole context (any method)."""
     from ttc.attention import choose
-    from ttc.attention.cpu import SparseImpl
+    from ttc.attention.backend import SparseForward
 
-    needs, table = Needs(), SparseImpl._table
+    needs, table = Needs(), SparseForward._table
     last: list[Any] = [None]
 
     def watched(self: Any, name: str, query: Any, kv_cache: Any, step: Any, plan: Any, factors: Any) -> Any:
@@ -78,19 +78,19 @@ def observed() -> Iterator[Needs]:
             needs.looks += 1
         if needs.looks % EVERY:
             return made
-        heads = step.builder.num_kv_heads
+        heads = len(factors)
         grouped = query[: step.rows].view(step.rows, heads, self.num_heads // heads, -1)
         for i in range(step.rows):
-            ids = step.tables[i, : int(step.pages[i])].long()
+            ids = step.tables[i, : step.pages[i]].long()
             keys = self.cache.keys(kv_cache, ids)
-            needs.add(name, choose.oracle_scores(grouped[i], keys, int(step.lengths[i]), self.scale))
+            needs.add(name, choose.oracle_scores(grouped[i], keys, step.lengths[i], self.scale))
         return made
 
-    SparseImpl._table = watched  # type: ignore[method-assign]
+    SparseForward._table = watched  # type: ignore[method-assign]
     try:
         yield needs
     finally:
-        SparseImpl._table = table  # type: ignore[method-assign]
+        SparseForward._table = table  # type: ignore[method-assign]
 
 
 def calibrate(
@@ -104,7 +104,10 @@ def calibrate(
     from ttc.problems import from_task
 
     engine = VLLMEngine(
-        model, concurrency=16, kv_page=page, engine_args={"additional_config": {CONFIG_KEY: {"always": True}}}
+        model,
+        concurrency=16,
+        kv_page=page,
+        engine_args={"additional_config": {CONFIG_KEY: {"when": "always"}}},
     )
     try:
         with observed() as needs:

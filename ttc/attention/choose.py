@@ -1,29 +1,28 @@
 """Which pages a decode step reads: the five methods, on plain tensors, without vLLM.
 
 Shapes: b rows (sequences), H KV heads, G query heads for each, D channels, P pages of a row, W = the widest table. The first page
-and the last are always kept (``keep`` >= 2; a keep of 1 is the last page alone). A table entry is ``page * H + head``: the id of
-one head's part of a page, ascending in position.
+and the last are always kept (``keep`` >= 2; a keep of 1 is the last page alone). A table entry is the id of one head's part of a
+page (``page * H + head`` on CPU), ascending in position.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ttc.attention.compiled import selector
 
-RULES = {"block-topk": 1, "quest": 2}  # by page summaries: rules of select.cpp
-STATIC = ("streaming", "power")
 
-
-def static_pages(method: str, pages: int, keep: int) -> list[int]:
+def static_pages(method: str, pages: int, keep: int) -> Sequence[int]:
     """Positions of the pages kept by a method that looks at no key.
 
     streaming: the sink page and the latest (StreamingLLM, arXiv 2309.17453). power: the sink, the latest and those at distances
     1, 2, 4, … pages, nearest first; what is left goes to the latest (the fixed pattern of PowerAttention, arXiv 2503.03588).
     """
     if keep >= pages:
-        return list(range(pages))
+        return range(pages)
     if keep == 1:
         return [pages - 1]
     if method == "streaming":
@@ -66,20 +65,13 @@ def oracle_scores(query: Tensor, keys: Tensor, length: int, scale: float) -> Ten
 def best_pages(values: Tensor, keep: int) -> Tensor:
     """Positions [keep], ascending: first, last, and the best of ``values`` [P] between them, the earlier one where two tie."""
     pages = values.shape[0]
+    every = torch.arange(pages, device=values.device)
     if keep >= pages:
-        return torch.arange(pages)
+        return every
     if keep == 1:
-        return torch.tensor([pages - 1])
+        return every[-1:]
     order = values[1:-1].sort(descending=True, stable=True).indices[: keep - 2] + 1
-    return torch.cat([torch.tensor([0]), order.sort().values, torch.tensor([pages - 1])])
-
-
-def fill_static(out: Tensor, method: str, row: Tensor, pages: int, keep: Tensor) -> None:
-    """Write one row's table [H, W] for a method that looks at no key, and for dense rows; ``row`` [P] page ids."""
-    heads = keep.tolist()
-    chosen = {k: row[torch.tensor(static_pages(method, pages, k))] for k in set(heads)}
-    for head, k in enumerate(heads):
-        out[head, :k] = chosen[k] * len(heads) + head
+    return torch.cat([every[:1], order.sort().values, every[-1:]])
 
 
 def select(
@@ -122,12 +114,16 @@ def select(
         ids = tables[b, : int(counts[b])].long()
         summaries = mean if rule == 1 else bounds
         assert summaries is not None
-        fill_scored(out[b * heads : (b + 1) * heads], scores(rule, query[b], summaries[ids]), ids, keep[b])
+        fill_scored(
+            out[b * heads : (b + 1) * heads], scores(rule, query[b], summaries[ids]), ids, keep[b].tolist()
+        )
 
 
-def fill_scored(out: Tensor, values: Tensor, ids: Tensor, keep: Tensor) -> None:
-    """Write one row's table [H, W] from page scores [H, P]."""
-    heads = values.shape[0]
-    for head in range(heads):
-        chosen = best_pages(values[head], int(keep[head]))
-        out[head, : len(chosen)] = (ids[chosen] * heads + head).to(torch.int32)
+def fill_scored(
+    out: Tensor, values: Tensor, ids: Tensor, keep: Sequence[int], steps: tuple[int, int] | None = None
+) -> None:
+    """Write one row's table [H, W] from page scores [H, P]. ``steps``: of an id, by page and by head ((H, 1) if None)."""
+    by_page, by_head = steps or (values.shape[0], 1)
+    for head, k in enumerate(keep):
+        chosen = best_pages(values[head], k)
+        out[head, :k] = (ids[chosen] * by_page + head * by_head).to(torch.int32)

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ttc.attention.worth import cache_folder
+
 SOURCE = Path(__file__).with_name("select.cpp")
 FLAGS = (
     "-O3",
@@ -32,7 +34,8 @@ FLAGS = (
 log = logging.getLogger("ttc.attention")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this machine's vector instructions are, as the kernel lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,9 +45,8 @@ def _processor() -> str:
 
 def library_path() -> Path:
     """Where this machine's build is kept."""
-    digest = hashlib.sha256((SOURCE.read_text() + " ".join(FLAGS) + _processor()).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "ttc" / f"select-{digest}.so"
+    digest = hashlib.sha256((SOURCE.read_text() + " ".join(FLAGS) + processor()).encode()).hexdigest()[:16]
+    return cache_folder() / f"select-{digest}.so"
 
 
 @cache

@@ -7,11 +7,11 @@ found out: known numbers are written through vLLM's own cache update and looked 
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ttc.attention.steps import Ids
 
 DIGIT = 128  # written numbers must be exact in bf16
 CHUNK = 64
@@ -48,6 +48,7 @@ class Cache:
         self.blocks, self.heads, self.page, both = kv_cache.shape
         self.channels = both // 2
         self.where = kv_cache.data_ptr()
+        self.ids = Ids(self.heads, 1)
         self.order = order
         turned = torch.arange(self.page * self.channels).view(self.channels, self.page).t().reshape(-1)
         self.transposed = torch.equal(order, turned)  # as the "vec" kernels have it
@@ -80,17 +81,3 @@ class Cache:
                 into[part] = keys.float().mean(2).to(into.dtype)
             else:
                 into[part] = torch.stack(torch.aminmax(keys, dim=2), dim=2).to(into.dtype)
-
-
-def unusual(spec: Any) -> str:
-    """Why layers of this kind can't decode sparsely ("" if they can): from vLLM's cache spec and attention layers."""
-    facts = SimpleNamespace(**spec)
-    if facts.cross or facts.encoder:
-        return "cross or encoder attention"
-    if facts.window:
-        return "a sliding window"
-    if facts.fp8:
-        return "an 8-bit KV cache"
-    if facts.alibi or facts.sinks:
-        return "ALiBi or attention sinks"
-    return "" if facts.decoder else "no decoder attention"

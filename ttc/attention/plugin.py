@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.metadata import entry_points
 
-BACKEND = "ttc.attention.cpu.SparseCPUBackend"
+BACKEND = "ttc.attention.cpu.CpuBackend"
 log = logging.getLogger("ttc.attention")
 
 

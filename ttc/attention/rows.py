@@ -6,6 +6,7 @@ metadata are built. This is its public way to give per-request settings to a wor
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
@@ -15,17 +16,20 @@ from ttc.attention.settings import KvSetting, read_setting
 if TYPE_CHECKING:
     import torch
 
+    from ttc.attention.steps import Planner
+
 COUNTS: dict[int, list[float]] = {}  # counter key -> KV tokens skipped, page vectors scored (see Row.count)
 _BATCHES: dict[int, Batch] = {}
 
 
 class Row:
-    """A request that decodes sparsely."""
+    """A request that decodes sparsely. ``done``: for each group of layers, how many of its leading pages are summarised."""
 
-    __slots__ = ("key", "setting")
+    __slots__ = ("done", "key", "setting")
 
     def __init__(self, setting: KvSetting, key: int | None) -> None:
         self.setting, self.key = setting, key
+        self.done: dict[str, int] = {}
 
     def count(self, skipped: float, scored: float) -> None:
         """Add a step's KV tokens left unread and page vectors scored, each the mean over the layers (and KV heads)."""
@@ -36,14 +40,18 @@ class Row:
 
 
 class Batch:
-    """The rows of one engine; ``version`` changes with their make-up, ``fresh`` lists rows not seen by the backend yet.
-    ``served`` names each group of layers that the backend took over and why it stays dense ("": it does not)."""
+    """The rows of one engine; ``version`` changes with their make-up. ``served`` names each group of layers that the backend took
+    over and why it stays dense ("": it does not); ``planners`` are those of the groups that don't."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
-        self.fresh: set[int] = set()
         self.version = 0
         self.served: dict[str, str] = {}
+        self.planners: dict[str, Planner] = {}
+
+    def dense_below(self, setting: KvSetting) -> float:
+        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any)."""
+        return max((planner.dense_below(setting) for planner in self.planners.values()), default=math.inf)
 
 
 def batch_of(vllm_config: Any) -> Batch:
@@ -61,7 +69,6 @@ class KvProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-ch
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.batch = batch_of(vllm_config)
         self.batch.rows.clear()  # of an engine that had this id before
-        self.batch.fresh.clear()
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -76,10 +83,8 @@ class KvProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-ch
         batch.version += 1
         for index in batch_update.removed:
             batch.rows.pop(index, None)
-            batch.fresh.discard(index)
         for index, params, _, _ in batch_update.added:
             batch.rows.pop(index, None)
-            batch.fresh.add(index)
             found = read_setting(params.extra_args)
             if found is not None:
                 batch.rows[index] = Row(*found)
@@ -90,6 +95,3 @@ class KvProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-ch
                 batch.rows[target] = moved
             if swap and other is not None:
                 batch.rows[source] = other
-            was, is_ = source in batch.fresh, target in batch.fresh
-            batch.fresh -= {source, target}
-            batch.fresh |= ({target} if was else set()) | ({source} if swap and is_ else set())

@@ -17,6 +17,7 @@ DEFAULT_METHOD = "block-topk"
 EXTRA_ARGS_KEY = "ttc_kv"
 CONFIG_KEY = "ttc_sparse"
 ENVIRONMENT = "TTC_SPARSE"
+WHEN = ("faster", "cheaper", "always")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +88,18 @@ class SparseOptions:
 
     ``dense_layers``: the first layers that stay dense. ``share_layers`` n: layers choose in groups of n neighbours, the first
     for all. ``share_steps`` m: a choice lasts at most m steps. ``budgets``: a calibration file (``ttc.attention.budgets``)
-    with a factor on the budget for each layer and KV head. ``always``: take the per-head path also where dense reads no more
-    (tests). ``selector``: "auto" (compiled, else torch), "compiled" or "torch". Raises InputError by field.
+    with a factor on the budget for each layer and KV head. ``when`` a row reads a part only: "faster" (where choosing pages takes
+    less time than it saves, by a measurement of this machine, and reads fewer bytes), "cheaper" (fewer bytes, whatever the time)
+    or "always" (also where nothing is saved: tests). ``overhead`` [vector, fixed] replaces the measurement (``worth.Overhead``).
+    ``selector``: "auto" (compiled, else torch), "compiled" or "torch". Raises InputError by field.
     """
 
     dense_layers: int = 0
     share_layers: int = 1
     share_steps: int = 1
     budgets: str | None = None
-    always: bool = False
+    when: str = "faster"
+    overhead: tuple[float, float] | None = None
     selector: str = "auto"
 
     def __post_init__(self) -> None:
@@ -103,6 +107,16 @@ class SparseOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{CONFIG_KEY}: {name} is {value!r}; give a whole number of {least} or more")
+        check_when(self.when, f"{CONFIG_KEY}: when is")
+        if self.overhead is not None:
+            try:
+                object.__setattr__(self, "overhead", tuple(float(number) for number in self.overhead))
+            except (TypeError, ValueError):
+                object.__setattr__(self, "overhead", ())
+            if len(self.overhead) != 2 or not all(n >= 0 for n in self.overhead):
+                raise InputError(
+                    f"{CONFIG_KEY}: overhead takes two numbers of 0 or more: KV tokens a page vector, and a layer"
+                )
         if self.selector not in ("auto", "compiled", "torch"):
             raise InputError(f"{CONFIG_KEY}: selector is {self.selector!r}; use auto, compiled or torch")
 
@@ -120,6 +134,13 @@ class SparseOptions:
         if self.budgets is not None:
             rows = read_factors(Path(self.budgets), layers, heads)
         return [None if i < self.dense_layers else row for i, row in enumerate(rows)]
+
+
+def check_when(when: str, field: str = "kv-when:") -> str:
+    """``when`` if it is one of WHEN. Raises InputError that names ``field``."""
+    if when not in WHEN:
+        raise InputError(f"{field} {when!r}; use {', '.join(WHEN)}")
+    return when
 
 
 def read_factors(path: Path, layers: int, heads: int) -> list[tuple[float, ...] | None]:
