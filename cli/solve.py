@@ -70,6 +70,7 @@ def solve(
     kv_budget: Annotated[int | None, typer.Option(help="KV tokens that a decoded token reads (all if not given).")] = None,
     kv_method: Annotated[str | None, typer.Option(help="block-topk, quest, streaming, power or oracle-topk.")] = None,
     kv_page: Annotated[int | None, typer.Option(help="Tokens of a KV page: what is chosen or not (32 with --kv-budget).")] = None,
+    kv_when: Annotated[str | None, typer.Option(help="Read a part where that is faster (if not given), cheaper or always.")] = None,
     think_close: Annotated[str | None, typer.Option(help="What ends a thought, if the model's files don't tell.")] = None,
     verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
@@ -88,6 +89,7 @@ def solve(
     The same command with the same --out resumes: nothing finished is sampled again.
     """
     from ttc.api import DEFAULT_MODEL, Settings
+    from ttc.attention.settings import check_when
     from ttc.problems import load
 
     price = {
@@ -113,6 +115,7 @@ def solve(
         options |= {"context": context, "think_close": think_close}
         page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
         options |= {} if page is None else {"kv_page": page}
+        options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 

@@ -26,7 +26,7 @@ from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
 from ttc.driver import Driver
 from ttc.engine.course import FAR
-from ttc.engine.protocol import Engine, EngineInfo
+from ttc.engine.protocol import Engine, EngineInfo, SparseEngine
 from ttc.errors import InputError
 from ttc.jobs import Policy, RewardModel, Status
 from ttc.judge import Jury
@@ -179,6 +179,18 @@ class Run:
         found = list(self.ledger.notices)
         if self.settings.kv_budget is not None and self.kv is None and self.settings.kv_method != "dense":
             found.append(f"kv-budget: decoding stays dense; {self.engine.info.kv_reason}")
+        if self.kv is not None and isinstance(self.engine, SparseEngine):
+            below = self.engine.dense_below(self.kv)
+            if below >= self.engine.info.context:
+                found.append(
+                    "kv-budget: decoding stays dense; at every context that this model takes, choosing pages would take longer than"
+                    " it saves here (--kv-when cheaper, or always, chooses nevertheless)"
+                )
+            elif below > 2 * self.kv.budget:
+                found.append(
+                    f"kv-budget: a branch reads everything up to {below:,.0f} tokens of context, where choosing pages would take"
+                    " longer than it saves here (--kv-when cheaper, or always, chooses nevertheless)"
+                )
         return found
 
     def results(self) -> Iterator[Result]:

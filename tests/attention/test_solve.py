@@ -22,7 +22,7 @@ SUM = "State the final answer to the following arithmetic problem: " + " + ".joi
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VLLMEngine]:
-    opened = VLLMEngine("nano-s", concurrency=16, kv_page=32)
+    opened = VLLMEngine("nano-s", concurrency=16, kv_page=32, kv_when="cheaper")
     yield opened
     opened.close()
 
@@ -91,6 +91,23 @@ def test_bad_input_is_named(engine: VLLMEngine) -> None:
         solve(engine, kv_budget=64, kv_method="x")
     with pytest.raises(InputError, match="kv-page: 48 tokens; this backend's pages are multiples of 32"):
         VLLMEngine("nano-s", kv_page=48)
+    with pytest.raises(InputError, match="kv-when: 'often'; use faster, cheaper, always"):
+        VLLMEngine("nano-s", kv_when="often")
+
+
+def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(engine: VLLMEngine) -> None:
+    """What choosing costs is told, so that the machine decides nothing here: first all contexts, then those over 96 tokens."""
+    for overhead, below in (([0.5, 1e9], 1e9), ([0.5, 32.0], 96.0)):
+        told = {"additional_config": {"ttc_sparse": {"overhead": overhead}}}
+        slow = VLLMEngine("nano-s", concurrency=16, kv_page=32, engine_args=told)
+        assert slow.dense_below(KvSetting(64)) == pytest.approx(below, rel=0.05)
+        run, result = solve(slow, kv_budget=64)
+        said = [b.completion.text for b in result.branches]
+        dense = [b.completion.text for b in solve(engine)[1].branches]
+        skipped = [b.completion.kv_skipped for b in result.branches]
+        assert (said == dense) == (skipped == [0.0] * len(skipped)) == (below > 96)
+        assert [("reads everything" in n or "stays dense" in n) for n in run.notices] == ([True] if below > 96 else [])
+        slow.close()
 
 
 def test_a_window_stays_dense_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

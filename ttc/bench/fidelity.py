@@ -96,7 +96,7 @@ def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
             if opened != arm.options:
                 if engine is not None:
                     engine.close()
-                told = {"additional_config": {CONFIG_KEY: arm.options}}
+                told = {"additional_config": {CONFIG_KEY: {"when": "cheaper"} | arm.options}}
                 engine, opened = (
                     VLLMEngine(study.model, concurrency=64, kv_page=study.page, engine_args=told),
                     arm.options,

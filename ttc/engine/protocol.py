@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
 
 if TYPE_CHECKING:
+    from ttc.attention.settings import KvSetting
     from ttc.costmodel import ModelShape
 
 
@@ -132,4 +133,13 @@ class ProbingEngine(Protocol):
 
     def probe(self, ticket: int, start: int, every: int) -> None:
         """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens. Unknown tickets are ignored."""
+        ...
+
+
+@runtime_checkable
+class SparseEngine(Protocol):
+    """What an engine with ``info.kv_page`` can say besides: from which context on a KV budget is in force."""
+
+    def dense_below(self, kv: KvSetting) -> float:
+        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any)."""
         ...

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ttc.attention.settings import KvSetting
+from ttc.attention.settings import CONFIG_KEY, KvSetting, check_when
 from ttc.engine.course import FAR, STEERING, check_fits
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
@@ -34,8 +34,9 @@ class VLLMEngine:
 
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
     ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
-    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own).
-    Raises InputError for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
+    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own);
+    ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster"; see ``SparseOptions``). Raises InputError
+    for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class VLLMEngine:
         engine_args: Mapping[str, Any] | None = None,
         think_close: str | None = None,
         kv_page: int | None = None,
+        kv_when: str | None = None,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
@@ -56,10 +58,12 @@ class VLLMEngine:
             self.files = _with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
         self._stats = Stats()
-        paged = {} if kv_page is None else {"block_size": checked_page(self._vllm, kv_page)}
+        told: dict[str, Any] = {} if kv_page is None else {"block_size": checked_page(self._vllm, kv_page)}
+        if kv_when is not None:
+            told["additional_config"] = {CONFIG_KEY: {"when": check_when(kv_when)}}
         self._llm = start(
             self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
-            extra=paged | dict(engine_args or {}),
+            extra=told | dict(engine_args or {}),
         )  # fmt: skip
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
@@ -91,6 +95,7 @@ class VLLMEngine:
             kv_reason=dense,
             identity={
                 **({} if kv_page is None else {"kv_page": str(kv_page)}),
+                **({} if kv_when is None else {"kv_when": kv_when}),
                 **self.files.identity,
                 "vllm": vllm_version(),
                 "dtype": str(config.dtype).removeprefix("torch."),
@@ -212,6 +217,15 @@ class VLLMEngine:
             return None
         kv.check_page(self._info.kv_page)
         return kv
+
+    def dense_below(self, kv: KvSetting) -> float:
+        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any; 0 where it can't be
+        asked, in another process). The first call may measure the machine, in about a second."""
+        if not self._in_process or self._info.kv_page is None:
+            return 0
+        from ttc.attention import rows
+
+        return rows.batch_of(self._llm.vllm_config).dense_below(kv)
 
     def _add(self, ticket: int, ids: list[int], params: Any, kv: KvSetting | None) -> None:
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
