@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import ttc.nano
-from ttc.costmodel.frontier import report
+from ttc.costmodel.frontier import axis, pareto, report
 from ttc.costmodel.hardware import Hardware
 from ttc.costmodel.points import Point, Tariff, pool_points
 from ttc.costmodel.records import Pool, PooledProblem
@@ -183,9 +183,13 @@ def main(argv: list[str] | None = None) -> None:
             study(models, args.task or TASKS, args.n, args.samples).items()
         ):
             charged = tariff(task)
-            data["study"][task] = found = report(points, charged)
-            front = [p for p in points if p.label() in {row["label"] for row in found["pareto"]}]
-            pictures.draw(points, front, charged, args.out / f"nano_family_{number}.png")
+            data["study"][task] = report(points, charged)
+            pictures.draw(
+                points,
+                pareto(points, axis(charged), gain=0.01),
+                charged,
+                args.out / f"nano_family_{number}.png",
+            )
         print(tables(data["study"]))
     file.write_text(json.dumps(data, indent=1) + "\n")
 
