@@ -289,7 +289,7 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_rew
             raise InputError(
                 f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
             )
-        if need not in ("reward", "control", "steps", "effort") and need not in signals:
+        if need not in ("reward", "control", "steps", "effort", "insert") and need not in signals:
             known = ", ".join(signals) or "none"
             raise InputError(
                 f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
@@ -322,6 +322,10 @@ def _check_control(policy: Policy, engine: Engine, thinking: int = FAR) -> None:
                 f"policy: {policy.name} grows chains step by step, which the {engine.info.name} engine can't; use --engine vllm"
             )
         engine.check_steps(getattr(policy, "step", ""))
+    if "insert" in needs and not engine.info.inserts:
+        raise InputError(
+            f"policy: {policy.name} puts text into chains as they run, which the {engine.info.name} engine can't; use --engine vllm"
+        )
     if "control" not in needs:
         return
     if not hasattr(engine, "check_control"):

@@ -1,4 +1,4 @@
-"""``Steer`` work: branches that a policy starts, cancels, closes and probes one at a time while others run.
+"""``Steer`` work: branches that a policy starts, cancels, closes, probes and puts text into one at a time while others run.
 
 A part of the driver, which owns the flights and the money; here is what a steering policy asks for and what it is told.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ttc.engine.protocol import Probed, ProbingEngine
+from ttc.engine.protocol import InsertingEngine, Probed, ProbingEngine
 from ttc.jobs import Job
 from ttc.types import Branch, Completion, Probe, Reply, Steer
 
@@ -48,6 +48,9 @@ class Steering:
         for index, start, every in work.probe:
             if index in job.tickets:
                 self._probe(job, job.tickets[index], start, every, work.why)
+        for index, text in work.insert:
+            if index in job.tickets:
+                self._insert(job, index, text, work.why)
         if work.start:
             price = sum(self.driver.cashier.most(job, r, r.thinking_tokens) for r in work.start)
             self.driver.decide(job, f"start {len(work.start)}", work.why, price)
@@ -120,6 +123,15 @@ class Steering:
             job, f"probe branch {probed.index} every {every}", why, float(engine.info.probe_tokens or 0)
         )
         engine.probe(ticket, start, every)
+
+    def _insert(self, job: Job, index: int, text: str, why: str) -> None:
+        """Put text into a running branch: it stays inside the branch's cap, so nothing more is held. Raises TypeError where the
+        engine can't (a policy that ``needs`` "insert" is refused before the run)."""
+        engine = self.driver.engine
+        if not isinstance(engine, InsertingEngine):
+            raise TypeError(f"the {engine.info.name} engine can't put text into a running branch")
+        self.driver.decide(job, f"insert {text!r} into branch {index}", why, 0.0)
+        engine.insert(job.tickets[index], text)
 
     def hear(self, probed: Probed) -> None:
         flight = self.driver.flights.get(probed.ticket)

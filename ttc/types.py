@@ -296,11 +296,18 @@ class Probing(NamedTuple):
     every: int
 
 
+class Inserting(NamedTuple):
+    """A wish to put ``text`` into the thought of running branch number ``branch``, as its next tokens."""
+
+    branch: int
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Steer:
-    """Work, one piece at a time: start these requests, cancel, close or probe running branches (by request index), and let the
-    others run on. The driver replies as soon as something new is known: branches that ended, anytime answers, or that nothing is
-    running any more. A branch that the policy cancelled ends with finish "abort", and wakes nobody.
+    """Work, one piece at a time: start these requests, cancel, close, probe or put text into running branches (by request index),
+    and let the others run on. The driver replies as soon as something new is known: branches that ended, anytime answers, or that
+    nothing is running any more. A branch that the policy cancelled ends with finish "abort", and wakes nobody.
 
     ``value`` is the policy's estimate of what the started piece adds to P(right answer) for each token; a budget that many problems
     share is spent on the highest values first. A routine that returns leaves nothing running: the driver cancels the rest.
@@ -310,6 +317,7 @@ class Steer:
     cancel: tuple[int, ...] = ()
     close: tuple[int, ...] = ()
     probe: tuple[Probing, ...] = ()
+    insert: tuple[Inserting, ...] = ()
     why: str = ""
     value: float = 0.0
 

@@ -125,6 +125,64 @@ def test_thinking_is_closed_when_confidence_falls(engine: VLLMEngine) -> None:
     assert all(PlainJudge().answer(problems[t - 1], c.text) for t, c in stopped.items())
 
 
+def told_as_they_run(
+    engine: VLLMEngine, requests: list[Request], when: int, text: str
+) -> dict[int, Completion]:
+    """Run all; at ``when`` tokens the odd tickets are told to close, the even ones ``text``."""
+    done: dict[int, Completion] = {}
+    told: set[int] = set()
+    for ticket, each in enumerate(requests):
+        engine.submit(ticket, each)
+    while len(done) < len(requests):
+        report = engine.step()
+        for ticket, progress in report.progress.items():
+            if progress.tokens >= when and ticket not in told:
+                told.add(ticket)
+                if ticket % 2:
+                    engine.steer(ticket, "close")
+                else:
+                    engine.insert(ticket, text)
+        done |= dict(report.finished)
+    return done
+
+
+def check_told(engine: VLLMEngine, done: dict[int, Completion], when: int, text: str, lag: int) -> int:
+    """The word took effect within ``lag`` tokens where the thought was still open; returns how many times it did."""
+    ids, [close] = engine._ids(text), engine._end_ids
+    seen = 0
+    for ticket, one in done.items():
+        written = list(one.token_ids)
+        end = written.index(close)
+        assert PlainJudge().answer(sums(1)[0], one.text), one.text
+        if ticket % 2:
+            assert end <= when + lag
+            if one.closed:
+                assert one.forced_tokens == 1
+                seen += 1
+        elif one.triggers:
+            places = [i for i in range(when, when + lag + 1) if written[i : i + len(ids)] == ids]
+            assert places, one.text
+            assert one.forced_tokens == len(ids) + one.closed
+            seen += 1
+        else:
+            assert end <= when + lag, "it was closing when the word came"
+    return seen
+
+
+def test_the_controllers_word_reaches_a_running_thought_at_its_next_step(engine: VLLMEngine) -> None:
+    problems, before = sums(16, terms=12, seed=34), engine.counters()
+    done = told_as_they_run(engine, [request(p, 0, 150) for p in problems], 9, TRIGGERS[0])
+    assert check_told(engine, done, 9, TRIGGERS[0], lag=1) > 10
+    assert (
+        sum(d.output_tokens for d in done.values()) == engine.counters().output_tokens - before.output_tokens
+    )
+    engine.submit(99, request(problems[0], 1, 20))
+    with pytest.raises(InputError, match="no token"):
+        engine.insert(99, "")
+    engine.abort([99])
+    assert dict(engine.step().finished)
+
+
 # -- in processes of their own -----------------------------------------------------------------------------------------------------
 ROOT = Path(__file__).parents[2]
 
@@ -176,14 +234,14 @@ def test_preempted_branches_execute_their_instructions_once(tmp_path: Path) -> N
 
 WORKERS = """
 import json, sys
-from tests.engine.test_steering_vllm import MODEL, TRIGGERS, check
+from tests.engine.test_steering_vllm import MODEL, TRIGGERS, check, check_told, told_as_they_run
 from tests.engine.test_vllm import finish, request, sums
 from ttc.engine.vllm import VLLMEngine
 from ttc.types import Control
 
 if __name__ == "__main__":
     engine = VLLMEngine(MODEL, concurrency=16)
-    assert not engine.info.steerable, "with worker processes the controller's word can't reach them"
+    assert not engine.info.steerable, "with worker processes the controller's word comes a few tokens late"
     asked = [
         request(p, i, 30 + 5 * i, control=Control(TRIGGERS[:2], (10 + i, 40, 70)) if i % 4 else None,
                 probe_every=20 if i % 3 == 0 else 0)
@@ -193,8 +251,11 @@ if __name__ == "__main__":
     for ticket, completion in done.items():
         check(engine, asked[ticket - 1], completion)
     spent = sum(c.output_tokens + c.probe_tokens for c in done.values())
+    told = told_as_they_run(engine, [request(p, 9, 200) for p in sums(16, terms=20, seed=34)], 9, TRIGGERS[0])
+    heard = check_told(engine, told, 9, TRIGGERS[0], lag=60)
+    spent += sum(c.output_tokens for c in told.values())
     print(json.dumps({
-        "triggers": sum(c.triggers for c in done.values()), "forks": sum(len(c.forks) for c in done.values()),
+        "heard": heard, "triggers": sum(c.triggers for c in done.values()), "forks": sum(len(c.forks) for c in done.values()),
         "unseen": engine.counters().output_tokens - spent,
     }))
     engine.close()
@@ -205,6 +266,7 @@ def test_worker_processes_execute_the_same_instructions(tmp_path: Path) -> None:
     report = run_script(tmp_path, WORKERS, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert report["triggers"] > 20
     assert report["forks"] > 0
+    assert report["heard"] > 4, "the word reaches the workers"
     assert 0 <= report["unseen"] <= 3 * report["forks"], (
         "of a cancelled fork, what the worker wrote in the meantime"
     )

@@ -14,13 +14,26 @@ from hypothesis import strategies as st
 from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
 from ttc.api import Run, Settings, _check_control
-from ttc.budget import Budget
+from ttc.budget import Budget, Unit
 from ttc.engine.course import Course
 from ttc.engine.fake import FakeEngine, random_writer
+from ttc.engine.protocol import EngineInfo
 from ttc.errors import InputError
 from ttc.policies import parse
 from ttc.samplers.deepening import checkpoints, most_triggers
-from ttc.types import Brief, Control, Generate, Problem, Request, Result, Sampling
+from ttc.types import (
+    Brief,
+    Control,
+    Generate,
+    Inserting,
+    Outcome,
+    Problem,
+    Request,
+    Result,
+    Routine,
+    Sampling,
+    Steer,
+)
 
 
 def begun(at: tuple[int, ...], limit: int, trigger: int, *, incremental: bool) -> tuple[int, int]:
@@ -151,6 +164,59 @@ def test_an_effort_goes_into_the_requests() -> None:
     work = next(parse("plain?effort=0.5&n=2").run(make_problems(1)[0], brief))
     assert isinstance(work, Generate)
     assert [r.effort for r in work.requests] == [0.5, 0.5]
+
+
+# -- text on the controller's word -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Nudge:
+    """Two chains; once either has been probed, both are told ``text``."""
+
+    text: str = "one two three"
+    name: str = "nudge"
+    needs: tuple[str, ...] = ("insert",)
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        requests = tuple(brief.request(problem, i, probe_every=10) for i in range(2))
+        reply, told = (yield Steer(requests)), False
+        branches = list(reply.branches)
+        while reply.running:
+            words = tuple(Inserting(i, self.text) for i in range(2)) if reply.probes and not told else ()
+            told = told or bool(words)
+            reply = yield Steer(insert=words, why="probed")
+            branches += reply.branches
+        return Outcome(branches[0].vote, "samples", {b.vote: 1.0 for b in branches if b.vote})
+
+
+@pytest.mark.parametrize("unit", ["tokens", "eflops"])
+def test_text_goes_into_running_chains_inside_their_caps_and_is_charged(unit: Unit) -> None:
+    engine = FakeEngine(random_writer(mean_thinking=1e9), probes=True)
+    driver = make_driver(engine, Nudge(), Budget(1e15, unit), cap=60)
+    results = list(driver.run(make_problems(3)))
+    assert driver.overrun == 0
+    charge = total(results)
+    assert charge.tokens == engine.counters().output_tokens
+    for branch in (b for r in results for b in r.branches):
+        assert branch.completion.triggers == 1
+        assert branch.completion.forced_tokens == 3 + engine.close_tokens
+        assert branch.completion.output_tokens <= 60 + engine.room_tokens
+    assert any("insert 'one two three'" in d.what for r in results for d in r.decisions)
+
+
+def test_text_that_finds_no_place_before_the_cap_is_not_begun() -> None:
+    engine = FakeEngine(random_writer(mean_thinking=1e9), probes=True)
+    results = list(make_driver(engine, Nudge(), Budget(1e6, "tokens"), cap=13).run(make_problems(2)))
+    assert all(b.completion.triggers == 0 for r in results for b in r.branches)
+    assert all(r.answer is not None for r in results)
+
+
+def test_an_engine_that_cannot_insert_is_named() -> None:
+    class Other(FakeEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, inserts=False)
+
+    with pytest.raises(InputError, match="puts text into chains as they run, which the fake engine can't"):
+        Run(make_problems(1), Other(), Settings(policy=Nudge()))
 
 
 # -- at the door -----------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 A branch carries its instructions in ``SamplingParams.extra_args["ttc"]``: a mapping (``ttc.engine.course``), or the same as
 one JSON string, since a server's ``vllm_xargs`` takes flat values only. The processor forces token ids at given output
 positions, so nothing is stopped, edited and prefilled again, and computes confidence where the logits are, so no
-log-probabilities leave the worker. In process (no worker processes) the engine also reaches a branch's ``Control`` through
-``CONTROLS``: the controller's word takes effect at the next step, and what was forced and measured can be read.
+log-probabilities leave the worker.
+
+The controller's word reaches a branch as it runs. In process (no worker processes) the engine holds the branch's ``Control`` in
+``CONTROLS``: a word is a function call and takes effect at the next step, and what was forced and measured can be read. Worker
+processes hear it through ``WordsForWorkers``, which vLLM adds to its workers (``worker_extension_cls``) for ``collective_rpc``.
 
 A model that would end inside its thought closes it instead (the end mark's probability goes to the closing delimiter), and an
 answer has at least one token, so no branch ends empty. Where an end of the thought is to be replaced by a trigger, whether it would
@@ -62,25 +65,54 @@ class Control(Course):
 CONTROLS: dict[int, Control] = {}
 """Branches of in-process engines by their key. The engine adds before ``add_request`` and removes when the branch has ended."""
 
+Word = Sequence[int] | None
+"""What the controller says to a running branch: ids to be forced here, or (None) that its thought ends here."""
+
 _STEERED: dict[int, Control] = {}
 """Branches that were given a word since the processor last looked."""
 
+_ROWS: dict[int, Control] = {}
+"""Branches of an engine in another process, by their key, while they are in a batch here."""
 
-def steer_close(key: int) -> None:
-    """Close the branch's thought at the next step (no effect where that has been done)."""
-    control = CONTROLS.get(key)
-    if control is not None and not control.done:
+_HEARD: dict[int, Control] = {}
+"""Those that were given a word: their instructions no longer say all of them, so they are kept while they are preempted."""
+
+_WAITING: dict[int, list[Word]] = {}
+"""Words for branches that are in no batch here (not begun yet, or preempted): executed when they come."""
+
+
+def say(key: int, word: Word) -> int:
+    """Execute a word at the next step. Returns the output position at which it does, -1 where it has no effect (the thought is
+    closed or closing, or the ids do not fit before its cap, or another span is being written)."""
+    control = CONTROLS.get(key) or _ROWS.get(key)
+    if control is None or control.done:
+        return -1
+    if word is None:
         control.close_now()
-        _STEERED[key] = control
-
-
-def steer_insert(key: int, ids: Sequence[int]) -> bool:
-    """Force ``ids`` at the next step, if the branch is thinking and they fit before its cap; False: they are not."""
-    control = CONTROLS.get(key)
-    if control is None or not control.insert_now(list(ids)):
-        return False
+    elif not control.insert_now(list(word)):
+        return -1
     _STEERED[key] = control
-    return True
+    return len(control.output)
+
+
+class WordsForWorkers:
+    """What vLLM's worker processes can be asked besides their own (``ParallelConfig.worker_extension_cls``)."""
+
+    def ttc_hear(self, words: Sequence[tuple[int, Word]], ended: Sequence[int]) -> list[int | None]:
+        """``say`` each (key, word); None for a branch that is in no batch now and will hear it when it is. ``ended``: keys of
+        branches that are over."""
+        for key in ended:
+            _HEARD.pop(key, None)
+            _WAITING.pop(key, None)
+        positions: list[int | None] = []
+        for key, word in words:
+            if key in _ROWS:
+                _HEARD[key] = _ROWS[key]
+                positions.append(say(key, word))
+            else:
+                _WAITING.setdefault(key, []).append(word)
+                positions.append(None)
+        return positions
 
 
 def read_instructions(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -158,20 +190,26 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 if control.row >= 0 and self.rows.get(control.row) is control:
                     del _STEERED[key]
                     self._follow(control)
-                elif key not in CONTROLS:
+                elif key not in CONTROLS and key not in _ROWS:
                     del _STEERED[key]
 
     def _add(self, index: int, params: SamplingParams, output: list[int]) -> None:
         instructions = read_instructions(params.extra_args)
         if instructions is None:
             return
-        control = CONTROLS.get(instructions.get("key", -1))
+        key = instructions.get("key", -1)
+        control = CONTROLS.get(key) or _HEARD.get(key)
         known = control is not None
         control = control or Control.of(instructions)
         control.output, control.row = output, index
         if not known and output:
             control.read_back()
         self.rows[index] = control
+        if key >= 0 and key not in CONTROLS:
+            _ROWS[key] = control
+            for word in _WAITING.pop(key, ()):
+                _HEARD[key] = control
+                say(key, word)
         control.ends = tuple(sorted(params.all_stop_token_ids.difference(control.step)))
         control.temperature, control.top_p = params.temperature, params.top_p
         control.top_k = max(params.top_k, 0)
@@ -196,6 +234,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         if control is None:
             return
         control.row = -1
+        if control.key is not None and _ROWS.get(control.key) is control:
+            del _ROWS[control.key]
         for members in (self.forcing, self.measured, self.thinking, self.watched):
             if control in members:
                 members.remove(control)

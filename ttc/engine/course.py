@@ -56,6 +56,7 @@ class Course:
     span_at: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)  # (position, length) of all that was begun
     begun: int = 0  # triggers begun
+    inserted: int = 0  # texts begun on the controller's word
     ends_used: int = 0
     checkpoint: int = 0  # index into ``at``
     base: int = 0  # where the last trigger ended
@@ -170,6 +171,7 @@ class Course:
         if self.done or self.forcing() or self.thought_closed() or len(self.output) + len(ids) >= self.due:
             return False
         self._begin(ids)
+        self.inserted += 1
         return True
 
     def chance(self) -> float:

@@ -113,7 +113,7 @@ class FakeEngine:
         return EngineInfo(
             name="fake", model="fake", context=self.context, concurrency=self.concurrency, format=AnswerFormat(),
             sampling=Sampling(), steerable=self.steerable, shape=ModelShape.from_config(TINY_SHAPE_CONFIG),
-            signals=("mean-logprob", "self-certainty"), identity={"model": "fake"},
+            signals=("mean-logprob", "self-certainty"), identity={"model": "fake"}, inserts=True,
             probe_tokens=self.room_tokens if self.probes else None, probe_prefill=BLOCK if self.probes else None,
         )  # fmt: skip
 
@@ -235,7 +235,8 @@ class FakeEngine:
         return Completion(
             text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
             generated_tokens=live.output - live.course.forced, forced_tokens=live.course.forced, weight_reads=live.reads,
-            closed=live.course.closed_by_force, triggers=live.course.begun, token_ids=tuple(live.course.output),
+            closed=live.course.closed_by_force, triggers=live.course.begun + live.course.inserted,
+            token_ids=tuple(live.course.output),
             partial=partial, forks=tuple(live.forks), probe_tokens=sum(fork.output_tokens for fork in live.forks),
             mean_logprob=-rng.random() if live.request.signals else None,
             self_certainty=rng.random() if live.request.signals else None,
@@ -245,6 +246,10 @@ class FakeEngine:
     def steer(self, ticket: int, word: Literal["close"]) -> None:
         if ticket in self._live:
             self._live[ticket].course.close_now()
+
+    def insert(self, ticket: int, text: str) -> None:
+        if ticket in self._live:
+            self._live[ticket].course.insert_now([WORD] * len(text.split()))
 
     def abort(self, tickets: Sequence[int]) -> None:
         self._ended.extend((t, self._end(t, "abort")) for t in tickets if t in self._live)

@@ -23,11 +23,11 @@ class EngineInfo:
 
     ``context`` is the longest sequence (prompt + output) in tokens; ``concurrency`` how many branches run at once; ``steerable``
     whether ``steer`` acts within one step; ``shape`` is None where the model's config is unknown (a remote server), and
-    FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine
-    can't probe; one that can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the
-    branch that may have to compute again (None: it takes none). ``kv_page`` is the tokens of a KV page where branches can decode
-    sparsely; None: they can't, and ``kv_reason`` says why. ``identity`` names model and versions for run.json, which a
-    resumed run must match.
+    FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine can't probe; one that
+    can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the branch that may have to
+    compute again (None: it takes none). ``inserts``: it is an ``InsertingEngine``. ``kv_page`` is the tokens of a KV page where
+    branches can decode sparsely; None: they can't, and ``kv_reason`` says why. ``identity`` names model and versions for run.json,
+    which a resumed run must match.
     """
 
     name: str
@@ -43,6 +43,7 @@ class EngineInfo:
     signals: tuple[str, ...] = ()
     probe_tokens: int | None = None
     probe_prefill: int | None = None
+    inserts: bool = False
     kv_page: int | None = None
     kv_reason: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
@@ -142,4 +143,15 @@ class SparseEngine(Protocol):
 
     def dense_below(self, kv: KvSetting) -> float:
         """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any)."""
+        ...
+
+
+@runtime_checkable
+class InsertingEngine(Protocol):
+    """What an engine with ``info.inserts`` can do besides: put text into a thought that is running, on the controller's word."""
+
+    def insert(self, ticket: int, text: str) -> None:
+        """Force ``text`` as the branch's next tokens (they count as thinking, so its cap holds). No effect where the thought is
+        closed or closing, another text is being forced, or it does not fit before the cap; unknown tickets are ignored. Raises
+        InputError for a text without a token of this model's."""
         ...

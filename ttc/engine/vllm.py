@@ -19,6 +19,7 @@ from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.engine.vllm_forks import Forks, Running
 from ttc.engine.vllm_start import Stats, checked_page, import_vllm, one_line, start, vllm_version
+from ttc.engine.vllm_words import Words
 from ttc.errors import EngineError, InputError
 from ttc.types import Completion, Finish, Problem, Request, Sampling
 from ttc.types import Control as Steering
@@ -67,7 +68,7 @@ class VLLMEngine:
         )  # fmt: skip
         self._tokenizer: Any = self._llm.get_tokenizer()
         config = self._llm.model_config
-        # With worker processes (tensor parallel) the processor lives elsewhere: instructions still reach it, words do not.
+        # With worker processes (tensor parallel) the processor lives elsewhere: words reach it a step or two late (vllm_words).
         self._in_process = isinstance(
             self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
         ) and (self._llm.vllm_config.parallel_config.world_size == 1)
@@ -86,6 +87,7 @@ class VLLMEngine:
             format=self.files.format,
             sampling=self.files.sampling,
             steerable=self._in_process,
+            inserts=True,
             shape=self.files.shape,
             thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty") if self._in_process else (),
@@ -106,6 +108,7 @@ class VLLMEngine:
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
         self._forks = Forks(self._running, self._fork, self._drop, self._text, page, self._in_process)
+        self._words = Words(self._running, self._llm.collective_rpc, self.room_tokens)
 
     def _why_dense(self) -> str:
         """Why this engine can't decode sparsely ("" : it can). Worker processes can't be asked: there it is taken to."""
@@ -307,6 +310,8 @@ class VLLMEngine:
         if not self._running:
             return report
         try:
+            if not self._in_process:
+                self._words.send()
             outputs = self._llm.step()
         except Exception as error:
             raise EngineError(f"vLLM stopped: {one_line(error)}") from error
@@ -368,6 +373,9 @@ class VLLMEngine:
             elif output.finished:
                 running.partial = _paused(output, running)
                 report.finished.append((ticket, self._completion(ticket, _finish(output))))
+            elif running.limit is not None and len(running.ids) >= running.limit:
+                self._llm.abort_request([str(ticket)])
+                report.finished.append((ticket, self._completion(ticket, "length")))
             else:
                 report.progress[ticket] = Progress(len(running.ids), running.reads)
                 if running.probe_every:
@@ -385,6 +393,7 @@ class VLLMEngine:
         skipped, scored = self._kv_counts(running)
         mean_logprob, self_certainty = confidence(control)
         if not self._in_process:
+            self._words.forget(running)
             control.output = running.ids
             control.read_back()
         forced = min(control.forced, len(running.ids))
@@ -397,7 +406,7 @@ class VLLMEngine:
             cached_tokens=running.cached,
             token_ids=tuple(running.ids),
             closed=control.closed_by_force,
-            triggers=control.begun,
+            triggers=control.begun + control.inserted,
             partial=running.partial,
             probe_tokens=sum(fork.output_tokens for fork in running.forks),
             forks=tuple(running.forks),
@@ -424,12 +433,24 @@ class VLLMEngine:
         return str(self._tokenizer.decode(list(kept), skip_special_tokens=False)) if kept else ""
 
     def steer(self, ticket: int, word: Literal["close"]) -> None:
-        from ttc.engine.control import steer_close
-
         running = self._running.get(ticket)
-        if running is not None and self._in_process and running.control.key is not None:
-            steer_close(running.control.key)
-            running.limit = running.control.due + self.room_tokens
+        if running is not None:
+            self._say(ticket, None)
+            if self._in_process:
+                running.limit = running.control.due + self.room_tokens
+
+    def insert(self, ticket: int, text: str) -> None:
+        """Force ``text`` into a running branch's thought. Raises InputError for a text without a token."""
+        if ticket in self._running:
+            self._say(ticket, self._trigger_ids(text))
+
+    def _say(self, ticket: int, word: Sequence[int] | None) -> None:
+        from ttc.engine.control import say
+
+        if self._in_process:
+            say(self._running[ticket].control.key or 0, word)
+        else:
+            self._words.say(ticket, word)
 
     def abort(self, tickets: Sequence[int]) -> None:
         live = [ticket for ticket in tickets if ticket in self._running]

@@ -38,6 +38,7 @@ class Running:
     parent: int = 0  # of a fork: the branch it was made from, and where
     at: int = 0
     kv: KvSetting | None = None
+    told: bool = False  # it was given a word, in another process
 
 
 @dataclass(slots=True)

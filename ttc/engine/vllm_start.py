@@ -15,6 +15,7 @@ from typing import Any
 from ttc.engine.model import ModelFiles
 from ttc.errors import EngineError, InputError
 
+WORKER_EXTENSION = "ttc.engine.control.WordsForWorkers"
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -99,6 +100,7 @@ def start(
         "disable_log_stats": False,  # the counters are vLLM's own
         "use_tqdm_on_load": False,
         "generation_config": "vllm",  # sampling is the request's, never the model folder's
+        "worker_extension_cls": WORKER_EXTENSION,  # how the controller's word reaches worker processes
     }
     if on_cpu:
         # No cut prefill: a seeded request whose prefill is cut raises "CPU Generator does not use offset".
