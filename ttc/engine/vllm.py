@@ -249,9 +249,10 @@ class VLLMEngine:
     def _trigger_ids(self, text: str) -> list[int]:
         ids = self._spans.get(text)
         if ids is None:
-            ids = self._spans[text] = self._ids(text)
+            ids = self._ids(text)
             if not ids:
                 raise InputError(f"trigger: {text!r} is no token of {self.files.name}'s; give some words")
+            self._spans[text] = ids
         return ids
 
     def check_control(self, control: Steering, thinking: int = FAR) -> None:
