@@ -2,8 +2,8 @@
 
 All grow ``n`` chains side by side, a step (to ``step``, a delimiter, if one is given; ``tokens`` long at the most) at a time, and
 choose among those that ended. ``select``: ``weighted`` adds up the scores behind each answer, ``best`` takes the chain with the
-highest, ``vote`` counts chains. What the reward model reads is charged as judge tokens, each time it reads it. Where the budget
-pays for no further step, the best beginning so far is made to answer.
+highest, ``vote`` counts chains. What the reward model reads is charged as judge tokens (one that keeps what it has read, as the
+embedded ones do, reads each step once). Where the budget pays for no further step, the best beginning so far is made to answer.
 """
 
 from __future__ import annotations

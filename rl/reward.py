@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from ttc.rl import tokenizer
 from ttc.rl.model import Linear, Trunk, config_shape, hf_config
+from ttc.rl.reading import BATCH_TOKENS, Reader
 from ttc.types import Problem
 
 Kind = Literal["outcome", "process"]
 STEP_ENDS = tuple(tokenizer.ID[mark] for mark in (";", ".", "!", tokenizer.THINK_CLOSE))
 """What ends a step: an equation, a conclusion, a hit of countdown, the thought."""
-
-BATCH_TOKENS = 8192
 
 
 class RewardNet(nn.Module):
@@ -57,14 +56,20 @@ class NanoReward:
 
     def __init__(self, name: str, kind: Kind, net: RewardNet) -> None:
         self.name, self.kind, self.net = name, kind, net.eval()
+        self._reader = Reader(net.model)
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
-        """Tokens that ``score`` reads: prompt and text of each."""
-        return sum(map(len, _inputs(problem, texts)))
+        """Tokens that ``score`` reads now: of prompt and texts, what it has not read before (``ttc.rl.reading``)."""
+        return self._reader.fresh(_inputs(problem, texts), len(_prompt(problem)))
 
+    @torch.no_grad()
     def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
         """One score a text: of all that it says so far."""
-        return [row[-1] for row in self.positions(_inputs(problem, texts))]
+        if not texts:
+            return []
+        last = self._reader.last(_inputs(problem, texts), len(_prompt(problem)))
+        scores = self.net.score(last)[..., 0].float()
+        return [float(s) for s in (scores.sigmoid() if self.kind == "process" else scores).tolist()]
 
     def steps(self, problem: Problem, texts: Sequence[str]) -> list[list[float]]:
         """For each text the score at the end of each of its steps (equation, conclusion, thought) and of the text."""

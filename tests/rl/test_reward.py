@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from ttc.errors import InputError  # noqa: E402
 from ttc.problems import from_text  # noqa: E402
 from ttc.rl import card, tokenizer  # noqa: E402
 from ttc.rl.model import Shape, Trunk  # noqa: E402
-from ttc.rl.reward import NanoReward, RewardNet, load, save  # noqa: E402
+from ttc.rl.reading import Read, Reader  # noqa: E402
+from ttc.rl.reward import NanoReward, RewardNet, _inputs, load, save  # noqa: E402
 from ttc.rl.train_reward import Chain, auc, pairs, train_outcome, train_process  # noqa: E402
 
 PROBLEM = from_text("State the final answer to the following arithmetic problem: 12 + 3 - 4 =")[0]
@@ -66,10 +68,58 @@ def test_a_batch_scores_as_its_texts_do_one_by_one() -> None:
     )
 
 
-def test_tokens_are_what_is_read() -> None:
+def test_nothing_is_read_twice() -> None:
+    """A step is read behind what was read of its chain; a prompt once; what is all known costs nothing."""
     reward = NanoReward("x", "outcome", small_net())
-    prompt = len(tokenizer.encode(tokenizer.prompt(PROBLEM.text)))
-    assert reward.tokens(PROBLEM, [TEXT, ""]) == 2 * prompt + len(tokenizer.encode(TEXT))
+    prompt, whole = len(tokenizer.encode(tokenizer.prompt(PROBLEM.text))), len(tokenizer.encode(TEXT))
+    assert reward.tokens(PROBLEM, [TEXT, ""]) == prompt + whole
+    first = ["12 + 3 = 15;", "12 + 3 = 14;", "12"]
+    read = sum(len(tokenizer.encode(text)) for text in first)
+    assert reward.tokens(PROBLEM, first) == prompt + read
+    reward.score(PROBLEM, first)
+    assert reward.tokens(PROBLEM, first) == 0
+    steps = ["12 + 3 = 15;15 - 4 = 11;", "12 + 3 = 15;15 - 4 = 1", "12 + 3 = 14;", "12 + 3 = 15;15 - 4 = 11;"]
+    fresh = len(tokenizer.encode("15 - 4 = 11;")) + len(tokenizer.encode("15 - 4 = 1"))
+    assert reward.tokens(PROBLEM, steps) == fresh
+    other = from_text("another")[0]
+    assert reward.tokens(other, ["1"]) == len(tokenizer.encode(tokenizer.prompt("another"))) + 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_read_in_pieces_scores_as_what_is_read_whole(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random searches: chains that grow, fork and wait, with little kept or much. What is announced is what is computed."""
+    computed, extend = [0], Reader._extend
+
+    def counted(self: Reader, rows: Sequence[tuple[int, ...]], before: Sequence[Read | None]) -> list[Read]:
+        computed[0] += sum(len(r) - len(b.ids if b else ()) for r, b in zip(rows, before, strict=True))
+        return extend(self, rows, before)
+
+    monkeypatch.setattr(Reader, "_extend", counted)
+    rng = random.Random(seed)
+    net = small_net()
+    pieces = NanoReward("x", "process", net)
+    pieces._reader.most_bytes = rng.choice([1, 20_000, 10**9])
+    problems = [PROBLEM, from_text("two")[0]]
+    chains: list[list[str]] = [["", "1"], [""]]
+    for _ in range(12):
+        which = rng.randrange(2)
+        texts = [
+            rng.choice(chains[which]) + rng.choice(["12 + 3;", "So 1.", "4"])
+            for _ in range(rng.randint(1, 5))
+        ]
+        texts += rng.sample(texts, rng.randint(0, 1))
+        before = pieces.tokens(problems[which], texts)
+        computed[0] = 0
+        scores = pieces.score(problems[which], texts)
+        assert computed[0] == before
+        whole = NanoReward("x", "process", net)
+        assert before <= whole.tokens(problems[which], texts)
+        assert scores == pytest.approx(
+            [row[-1] for row in whole.positions(_inputs(problems[which], texts))], abs=1e-5
+        )
+        chains[which] = texts
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:
