@@ -94,8 +94,8 @@ class Reader:
         return None
 
     def _extend(self, rows: Sequence[tuple[int, ...]], before: Sequence[Read | None]) -> list[Read]:
-        """Compute what is new in each row behind what was read of it. B rows, P the longest known beginning (padded at its left), S the
-        most new tokens (padded at their right)."""
+        """Compute what is new in each row behind what was read of it. B rows, P the longest known beginning (padded at its
+        left), S the most new tokens (padded at their right)."""
         if not rows:
             return []
         device = self.trunk.embed_tokens.weight.device

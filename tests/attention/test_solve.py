@@ -106,7 +106,9 @@ def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(engine: 
         dense = [b.completion.text for b in solve(engine)[1].branches]
         skipped = [b.completion.kv_skipped for b in result.branches]
         assert (said == dense) == (skipped == [0.0] * len(skipped)) == (below > 96)
-        assert [("reads everything" in n or "stays dense" in n) for n in run.notices] == ([True] if below > 96 else [])
+        assert [("reads everything" in n or "stays dense" in n) for n in run.notices] == (
+            [True] if below > 96 else []
+        )
         slow.close()
 
 

@@ -36,8 +36,8 @@ class VLLMEngine:
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
     ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
     thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own);
-    ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster"; see ``SparseOptions``). Raises InputError
-    for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
+    ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster"; see ``SparseOptions``). Raises
+    InputError for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
     """
 
     def __init__(
