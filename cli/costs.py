@@ -116,7 +116,7 @@ def cost(
         from ttc.costmodel.profile import Profile
 
         fitted = Profile.load(profile)
-        seconds = fitted.chain_s(shape, **chains, batch=batch or max(samples, 1), kv_budget=kv_budget)
+        seconds = fitted.chain_s(shape, **chains, **sparse, batch=batch or max(samples, 1))
         basis = f"profile of {fitted.model}: {fitted.held_out.words()}"
     result: dict[str, Any] = {
         "kinetics": {"flops": paper.flops, "bytes": paper.bytes, "eflops": paper.eflops(factor)},

@@ -51,6 +51,31 @@ def steering(
     main(model=model, branches=branches, tokens=tokens, triggers=triggers, rounds=rounds, as_json=as_json)
 
 
+@app.command("cost")
+def cost(
+    points: Annotated[
+        int, typer.Option(min=1000, help="Points of (model, N, length, KV budget), both conventions.")
+    ] = 1_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """How long the cost model takes to price a grid, as a planner does, and one call."""
+    import json
+    import statistics
+
+    from ttc.costmodel.grid import time_grid
+
+    timed = time_grid(points, rounds=rounds)
+    if as_json:
+        print(json.dumps(timed))
+        return
+    seconds = timed["seconds"]
+    print(
+        f"{timed['points']:,} points in {statistics.median(seconds):.3f} s, median of {rounds} rounds "
+        f"({min(seconds):.3f} to {max(seconds):.3f}); one call {1e6 * timed['seconds_per_call']:.1f} µs"
+    )
+
+
 @app.command("decode")
 def decode(
     contexts: Annotated[

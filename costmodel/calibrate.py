@@ -147,19 +147,24 @@ def fit(
     percentile, where other work shares the machine. Errors are against the same statistic of the points
     held out.
 
-    With one dense model a step's fixed part and its weights are constants of the same column, and so are a
-    sequence's overhead and its FLOPs: only the sums are identified. They are split by what the other phase
-    shows (weights at the KV's bytes per second, a sequence's FLOPs at prefill's rate, each capped by the
+    What a step takes beside KV is fitted batch by batch, then drawn as a line over the batch (fixed part and weights,
+    sequence overhead and FLOPs) with a factor at each batch, ``Terms.kernel``. With one dense model a step's fixed
+    part and its weights are constants of the same column, and so are a sequence's overhead and its FLOPs: only the
+    sums are identified. They are split by what the other phase shows (weights at the KV's bytes per second, a sequence's FLOPs at prefill's rate, each capped by the
     sum), and ``Profile.split`` says so.
     """
     decode = [m for m in measurements if m.cell.phase == "decode"]
     prefill = [m for m in measurements if m.cell.phase == "prefill"]
     if sum(m.cell.role == "fit" for m in decode) < 4 or sum(m.cell.role == "fit" for m in prefill) < 2:
         raise InputError("calibration: too few points to fit; measure at least 4 decode and 2 prefill points")
-    step, sequence, kv_rate, search_rate = _solve(
-        _decode_rows(shape, decode, kv_block, kv_method), decode, statistic
+    batches = sorted({m.cell.batch for m in decode if m.cell.role == "fit"})
+    rows = _decode_rows(shape, decode, batches, kv_block, kv_method)
+    *bases, kv_rate, search_rate = _fitted(rows, decode, statistic, free=len(batches))
+    step, sequence = _solve(np.array([[1.0, b] for b in batches]), np.array(bases))
+    kernel = tuple(
+        (float(b), base / (step + b * sequence)) for b, base in zip(batches, bases, strict=True)
     )
-    start, linear_rate, pair_rate = _solve(_prefill_rows(shape, prefill), prefill, statistic)
+    start, linear_rate, pair_rate = _fitted(_prefill_rows(shape, prefill), prefill, statistic)
     weights = float(shape.step_weight_bytes(1.0))
     weight_rate = min(step, start, weights * kv_rate) / weights
     flop_rate = min(sequence, shape.token_flops * linear_rate) / shape.token_flops
@@ -171,18 +176,19 @@ def fit(
         sequence_s=max(0.0, sequence - shape.token_flops * flop_rate),
         decode_s_per_flop=flop_rate,
         kv_s_per_byte=kv_rate,
-        search_s_per_byte=search_rate,
+        search_s_per_byte=search_rate or kv_rate,  # not measured: bytes like others
         prefill_fixed_s=max(0.0, start - weights * weight_rate),
         prefill_s_per_flop=linear_rate,
         prefill_s_per_pair_flop=pair_rate,
+        kernel=kernel,
     )
     blank = HeldOut(math.nan, math.nan, math.nan, math.nan, math.nan)
     draft = Profile(shape.name, terms, blank, 0.0, kv_block, kv_method)
-    rows = tuple(_row(shape, draft, m, statistic) for m in measurements)
+    table = tuple(_row(shape, draft, m, statistic) for m in measurements)
     return Profile(
         model=shape.name,
         terms=terms,
-        held_out=_errors(rows),
+        held_out=_errors(table),
         noise=float(np.median([m.spread for m in measurements])),
         kv_block=kv_block,
         kv_method=kv_method,
@@ -190,7 +196,7 @@ def fit(
         versions=dict(versions or {}),
         statistic=statistic,
         split="fixed/weights and sequence/FLOPs are identified as sums; split at the KV and prefill rates",
-        measurements=rows,
+        measurements=table,
     )
 
 
@@ -202,12 +208,18 @@ def predict(shape: ModelShape, profile: Profile, cell: Cell) -> float:
 
 
 def _decode_rows(
-    shape: ModelShape, points: Sequence[Measurement], kv_block: int | None, method: str | None
+    shape: ModelShape,
+    points: Sequence[Measurement],
+    batches: Sequence[int],
+    kv_block: int | None,
+    method: str | None,
 ) -> Floats:
+    """A column for each fitted batch (what its steps take beside KV), KV bytes, summary bytes."""
     rows = []
     for m in points:
         kv, search = decode_bytes(shape, m.cell.context, m.cell.kv_budget, kv_block, method)
-        rows.append([1.0, m.cell.batch, m.cell.batch * kv, m.cell.batch * search])
+        own = [float(m.cell.batch == b) for b in batches]
+        rows.append([*own, m.cell.batch * kv, m.cell.batch * search])
     return np.array(rows)
 
 
@@ -215,38 +227,43 @@ def _prefill_rows(shape: ModelShape, points: Sequence[Measurement]) -> Floats:
     return np.array([[1.0, *prefill_flops(shape, m.cell.context)] for m in points])
 
 
-def _solve(columns: Floats, points: Sequence[Measurement], statistic: Statistic) -> list[float]:
-    """Non-negative coefficients that minimise relative errors of the fitted points, Huber-weighted."""
+def _fitted(
+    columns: Floats, points: Sequence[Measurement], statistic: Statistic, free: int = 0
+) -> list[float]:
     use = np.array([m.cell.role == "fit" for m in points])
-    target = np.array([m.typical(statistic) for m in points])[use]
-    scaled = columns[use] / target[:, None]
+    return _solve(columns[use], np.array([m.typical(statistic) for m in points])[use], free)
+
+
+def _solve(columns: Floats, target: Floats, free: int = 0) -> list[float]:
+    """Non-negative coefficients that minimise relative errors, Huber-weighted."""
+    scaled = columns / target[:, None]
     weight = np.ones(target.size)
     best = np.zeros(columns.shape[1])
     for _ in range(12):
-        best = _nonnegative(scaled * weight[:, None], weight)
+        best = _nonnegative(scaled * weight[:, None], weight, free)
         residual = np.abs(scaled @ best - 1.0)
         cut = 1.5 * max(float(np.median(residual)), 1e-9)
         weight = np.sqrt(np.minimum(1.0, cut / np.maximum(residual, 1e-12)))
     return [float(b) for b in best]
 
 
-def _nonnegative(matrix: Floats, target: Floats) -> Floats:
-    """Non-negative least squares, exactly, by trying every set of active columns (there are at most four)."""
+def _nonnegative(matrix: Floats, target: Floats, free: int) -> Floats:
+    """Non-negative least squares, exactly, by trying every set of active columns; the first ``free`` ones are always
+    active (there are at most three others)."""
     columns = matrix.shape[1]
     best, least = np.zeros(columns), math.inf
-    live = [c for c in range(columns) if np.any(matrix[:, c])]
-    norms = {c: float(np.linalg.norm(matrix[:, c])) for c in live}
-    for size in range(1, len(live) + 1):
-        for active in itertools.combinations(live, size):
-            part = matrix[:, active] / np.array([norms[c] for c in active])
-            solution, *_ = np.linalg.lstsq(part, target, rcond=None)
+    live = [c for c in range(free, columns) if np.any(matrix[:, c])]
+    norms = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
+    for size in range(0 if free else 1, len(live) + 1):
+        for others in itertools.combinations(live, size):
+            active = [*range(free), *others]
+            solution, *_ = np.linalg.lstsq(matrix[:, active] / norms[active], target, rcond=None)
             if np.any(solution < 0):
                 continue
-            loss = float(((part @ solution - target) ** 2).sum())
+            loss = float(((matrix[:, active] / norms[active] @ solution - target) ** 2).sum())
             if loss < least - 1e-15:
                 least, best = loss, np.zeros(columns)
-                for c, value in zip(active, solution, strict=True):
-                    best[c] = value / norms[c]
+                best[active] = solution / norms[active]
     return best
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +56,42 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class SparseMethod:
-    """How a sparse method spends: the vectors it scores per page (0: no search), the layers it leaves
-    dense, and the tokens it reads on top of the KV budget (sinks and recent window, where the budget does
-    not contain them)."""
+    """How a sparse method spends.
+
+    ``summaries``: vectors scored per page (0: no search). ``dense_layers``: the first layers, left dense.
+    ``extra_tokens``: read on top of the KV budget (sinks and recent window, where the budget does not contain
+    them). ``paged``: the KV budget buys whole pages, as in ``ttc.attention``: a step keeps budget // page pages,
+    the last of which is filled in part, and stays dense while choosing would move as many bytes as it saves.
+    ``searches``: the part of a full search that a layer pays in a step, below 1 where layers or steps share a
+    choice.
+    """
 
     name: str
     summaries: int = 0
     dense_layers: int = 0
     extra_tokens: int = 0
+    paged: bool = False
+    searches: float = 1.0
+
+    @classmethod
+    def of(cls, text: str) -> SparseMethod:
+        """``quest`` or ``quest?dense_layers=1&share_layers=4&share_steps=2`` (the plugin's options) or
+        ``?sinks=4`` (tokens on top of the budget). Raises InputError by name."""
+        name, _, options = text.partition("?")
+        if name not in METHODS:
+            raise InputError(f"kv_method is {text!r}; known: dense, {', '.join(METHODS)}")
+        told = {"dense_layers": 0, "sinks": 0, "share_layers": 1, "share_steps": 1}
+        for part in filter(None, options.split("&")):
+            key, _, value = part.partition("=")
+            least = told.get(key)
+            if least is None or not value.isdecimal() or int(value) < least:
+                known = ", ".join(told)
+                raise InputError(f"kv_method: {part!r} is no option of a method; whole numbers for {known}")
+            told[key] = int(value)
+        shared = 1.0 / (told["share_layers"] * told["share_steps"])
+        return replace(
+            METHODS[name], dense_layers=told["dense_layers"], extra_tokens=told["sinks"], searches=shared
+        )
 
 
 METHODS: Mapping[str, SparseMethod] = MappingProxyType(
@@ -71,15 +99,15 @@ METHODS: Mapping[str, SparseMethod] = MappingProxyType(
         m.name: m
         for m in (
             SparseMethod("oracle"),  # exact top-k at no search cost: Kinetics' upper bound
-            SparseMethod("local"),  # recent window, sinks inside the budget (StreamingLLM)
-            SparseMethod("streaming"),
-            SparseMethod("power"),  # static blocks at distances 2^i (PowerAttention)
-            SparseMethod("block", summaries=1),  # mean key per page, Kinetics eq. (9)
-            SparseMethod("block-topk", summaries=1),  # the same under the plugin's name
-            SparseMethod("oracle-topk"),
-            SparseMethod("mean", summaries=1),
-            SparseMethod("meanmax", summaries=2),
-            SparseMethod("quest", summaries=2),  # channel-wise minimum and maximum per page
+            SparseMethod("local"),  # recent window, sinks inside the budget, token by token
+            # The plugin's methods (ttc.attention); the first page and the last are inside the budget.
+            SparseMethod("block-topk", summaries=1, paged=True),  # mean key per page, Kinetics eq. (9)
+            SparseMethod("quest", summaries=2, paged=True),  # channel-wise minimum and maximum per page
+            SparseMethod("streaming", paged=True),  # the first and the latest pages (StreamingLLM)
+            SparseMethod("power", paged=True),  # static pages at distances 2^i (PowerAttention)
+            SparseMethod("oracle-topk", paged=True),  # by true attention mass; its search is not charged
+            SparseMethod("block", summaries=1, paged=True),  # block-topk under the paper's name
+            SparseMethod("meanmax", summaries=2, paged=True),
         )
     }
 )
@@ -130,7 +158,7 @@ def kinetics(
         if rule.summaries:
             prompt_pages = prompt_tokens * (generated_tokens - dense)
             own_pages = (end * end - full_at * full_at) / 2
-            scale = 0.5 * rule.summaries / block
+            scale = 0.5 * rule.summaries * rule.searches / block
             search, search_reads = (
                 scale * (prompt_pages + own_pages),
                 scale * (prompt_pages + samples * own_pages),
@@ -161,7 +189,8 @@ def full(
     token. Token j >= 2 is one decode step over a context of prompt + j - 1 tokens (itself included), in
     which every layer reads the KV that it attends to (all, its window, or min(context, budget) under a
     sparse method), writes one token's KV, and multiplies the active parameters. A sparse layer whose
-    context exceeds the budget also scores summaries x ceil(context/block) page vectors. A step is shared
+    context exceeds the budget also scores summaries x ceil(context/block) page vectors; paged methods keep
+    budget // block whole pages, of which the last is filled in part (``SparseMethod``). A step is shared
     by ``batch`` sequences (default: the N samples), so a forward carries 1/batch of a pass over the
     weights (MoE: over the experts that a batch is expected to touch); ``weight_reads`` gives the measured
     number of passes instead. ``start_tokens`` > 0 prices the tokens after the start_tokens-th alone,
@@ -239,14 +268,12 @@ def _decode(
             pairs = layers * _sum_min(context, steps, window, low, high)
         else:
             sparse = max(0, layers - rule.dense_layers)
-            cap = low(kv_budget, _NO_CAP) + rule.extra_tokens
-            pairs = sparse * _sum_min(context, steps, cap, low, high)
+            read, scored = _sum_sparse(context, steps, low(kv_budget, _NO_CAP), block, rule, low, high)
+            pairs = sparse * read
             if sparse < layers:
                 pairs = pairs + (layers - sparse) * _sum_min(context, steps, None, low, high)
             if rule.summaries:
-                unsearched = high(low(cap - context, steps), 0)
-                pages = _sum_pages(context + steps, block) - _sum_pages(context + unsearched, block)
-                scored = sparse * rule.summaries * pages
+                scored = sparse * scored
                 flops = flops + shape.key_pair_flops_per_layer * scored
                 reads = reads + shape.key_elements_per_layer * scored
         flops = flops + shape.pair_flops_per_layer * pairs
@@ -314,10 +341,7 @@ def sparse_rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None
     elif isinstance(method, SparseMethod):
         rule = method
     else:
-        found = METHODS.get(method)
-        if found is None:
-            raise InputError(f"kv_method is {method!r}; known: dense, {', '.join(METHODS)}")
-        rule = found
+        rule = METHODS.get(method) or SparseMethod.of(method)
     return rule
 
 
@@ -335,6 +359,33 @@ def _sum_min(before: Any, steps: Any, cap: Any, low: _Pick, high: _Pick) -> Any:
         return steps * before + steps * (steps + 1) / 2
     filling = high(low(cap - before, steps), 0)
     return filling * before + filling * (filling + 1) / 2 + cap * (steps - filling)
+
+
+def _sum_sparse(
+    context: Any, steps: Any, budget: Any, block: Any, rule: SparseMethod, low: _Pick, high: _Pick
+) -> tuple[Any, Any]:
+    """KV tokens read and page vectors scored by one layer in ``steps`` steps after ``context``, exactly.
+
+    Token by token: min(context, budget + extra), and a search once the context exceeds that. Paged, with K pages
+    kept of S tokens: context c lies in p = ceil(c/S) pages; dense up to the largest p with p S <= K S + p v / 2
+    (v summaries are v / 2 tokens' KV), from there K S - (p S - c) tokens, because the last page holds c - (p - 1) S.
+    """
+    if rule.paged:
+        kept = high(budget // block, 1) * block + rule.extra_tokens
+        worth = block - rule.summaries / 2  # tokens that a page left out saves
+        dense = (kept // worth) * block if worth > 0 else _NO_CAP
+    else:
+        kept = dense = budget + rule.extra_tokens
+    unsearched = high(low(dense - context, steps), 0)
+    begun, end = context + unsearched, context + steps
+    pages: Any = 0.0
+    if rule.summaries or rule.paged:
+        pages = _sum_pages(end, block) - _sum_pages(begun, block)
+    read = unsearched * context + unsearched * (unsearched + 1) / 2 + kept * (steps - unsearched)
+    if rule.paged:
+        unfilled = block * pages - (end * (end + 1) - begun * (begun + 1)) / 2
+        read = read - unfilled
+    return read, rule.summaries * rule.searches * pages
 
 
 def _sum_pages(tokens: Any, block: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,12 +50,20 @@ def price_grid(
     return Grid(np.stack(both[0]), np.stack(both[1]))
 
 
-def time_grid(points: int = 1_000_000) -> dict[str, float]:
-    """Seconds to price about ``points`` points (five Qwen3 sizes) in both conventions."""
+def time_grid(points: int = 1_000_000, *, rounds: int = 5) -> dict[str, Any]:
+    """Prices about ``points`` points (five Qwen3 sizes, dense and with page search) in both conventions; the
+    seconds of every round, and of one call with plain numbers."""
     shapes = [ModelShape.named(f"Qwen3-{size}") for size in ("0.6B", "1.7B", "4B", "8B", "14B")]
     lengths = np.linspace(1.0, 32768.0, max(1, points // (len(shapes) * 10 * 20)))
     budgets = np.append(np.geomspace(64, 16384, 19).round(), np.inf)
+    axes: dict[str, Any] = {"samples": np.geomspace(1, 512, 10), "generated_tokens": lengths}
+    seconds, size = [], 0
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        size = price_grid(shapes, **axes, kv_budgets=budgets).full_eflops.size
+        seconds.append(time.perf_counter() - begun)
+    calls = 1000
     begun = time.perf_counter()
-    grid = price_grid(shapes, samples=np.geomspace(1, 512, 10), generated_tokens=lengths, kv_budgets=budgets)
-    seconds = time.perf_counter() - begun
-    return {"points": float(grid.full_eflops.size), "seconds": seconds}
+    for _ in range(calls):
+        full(shapes[3], prompt_tokens=150, generated_tokens=16384, samples=8, kv_budget=2048)
+    return {"points": size, "seconds": seconds, "seconds_per_call": (time.perf_counter() - begun) / calls}

@@ -1,18 +1,24 @@
 """A calibrated profile: what an engine's steps take on one machine, with the error that the calibration
 itself measured.
 
-Terms are physical and separable, so that a profile of one model prices another on the same machine: decode
-step  = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token) + k·KV bytes + q·summary bytes
-prefill step = fixed' + w·weight bytes + f'·linear FLOPs + g·attention FLOPs All in seconds; every coefficient
->= 0. The fit is in ``calibrate``; this file predicts, stores and checks.
+Terms are physical and separable, so that a profile of one model prices another on the same machine:
+
+  decode step  = kernel(batch) · L(batch) + k·KV bytes + q·summary bytes
+  L(batch)     = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token)
+  prefill step = fixed' + w·weight bytes + f'·linear FLOPs + g·attention FLOPs
+
+All in seconds; every coefficient >= 0. ``kernel`` is what matrix kernels do as the batch grows (they have tiles and
+paths for few rows): a factor at each measured batch, between which the product is linear in the batch; beyond the
+last it goes on as between the last two. The fit is in ``calibrate``; this file predicts, stores and checks.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ from ttc.costmodel.costs import SparseMethod, full, sparse_rule
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +42,47 @@ class Terms:
     prefill_fixed_s: float = 0.0
     prefill_s_per_flop: float = 0.0
     prefill_s_per_pair_flop: float = 0.0
+    kernel: tuple[tuple[float, float], ...] = ()  # (batch, factor on the linear part), by batch
 
     def __post_init__(self) -> None:
+        knots = tuple((float(b), float(factor)) for b, factor in self.kernel)
+        object.__setattr__(self, "kernel", knots)
+        grows = all(a[0] < b[0] for a, b in itertools.pairwise(knots))
+        if not grows or not all(b > 0 and f > 0 and math.isfinite(b * f) for b, f in knots):
+            raise InputError(
+                "profile: kernel needs growing batches with positive, finite factors: calibrate again"
+            )
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "kernel":
+                continue
             if not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
                 raise InputError(
                     f"profile: {f.name} is {value}; it must be finite and not negative: calibrate again"
                 )
+
+
+    def shared_s(self, shape: ModelShape, batch: float) -> float:
+        """What a decode step of ``batch`` sequences takes beside its KV: kernel(batch) · L(batch)."""
+
+        def line(b: float) -> float:
+            own = self.sequence_s + self.decode_s_per_flop * shape.token_flops
+            return (
+                self.step_fixed_s + self.weight_s_per_byte * float(shape.step_weight_bytes(b)) + b * own
+            )
+
+        if not self.kernel:
+            return line(batch)
+        first, factor = self.kernel[0]
+        if batch <= first or len(self.kernel) == 1:
+            return factor * line(batch)
+        pairs = list(itertools.pairwise(self.kernel))
+        (a, at_a), (b, at_b) = next((p for p in pairs if batch <= p[1][0]), pairs[-1])
+        low, high = at_a * line(a), at_b * line(b)
+        slope = (high - low) / (b - a)
+        if batch > b:
+            slope = max(0.0, slope)
+        return high + slope * (batch - b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +127,8 @@ class Profile:
         """One decode step of ``batch`` sequences, each over ``context_tokens``."""
         kv, search = decode_bytes(shape, context_tokens, kv_budget, self.kv_block, self.kv_method)
         t = self.terms
-        sequence = t.sequence_s + t.decode_s_per_flop * shape.token_flops
         moved = batch * (t.kv_s_per_byte * kv + t.search_s_per_byte * search)
-        return (
-            t.step_fixed_s
-            + t.weight_s_per_byte * float(shape.step_weight_bytes(batch))
-            + batch * sequence
-            + moved
-        )
+        return t.shared_s(shape, batch) + moved
 
     def prefill_s(self, shape: ModelShape, *, tokens: float, cached_tokens: float = 0) -> float:
         """One prefill step of ``tokens`` new tokens after ``cached_tokens``."""
@@ -118,30 +151,33 @@ class Profile:
         samples: Any = 1,
         batch: float = 1.0,
         kv_budget: float | None = None,
-        **_: Any,
+        kv_block: int | None = None,
+        method: str | SparseMethod | None = None,
     ) -> Any:
         """This problem's share of the machine's seconds for N chains in steps of ``batch`` sequences; numbers
         or arrays.
 
-        One prefill, then each decode step's fixed part and weights over ``batch``, and the chain's own part
-        in full.
+        One prefill, then the chain's share of every decode step, 1/batch, and its own KV in full. ``kv_block`` and
+        ``method`` default to those that were calibrated.
         """
         t = self.terms
-        sparse: dict[str, Any] = {"kv_budget": kv_budget, "kv_block": self.kv_block, "method": self.kv_method}
-        cost = full(
-            shape,
-            prompt_tokens=prompt_tokens,
-            generated_tokens=generated_tokens,
-            samples=samples,
-            weight_reads=0.0,
-            **sparse,
-        )
+        common: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "generated_tokens": generated_tokens,
+            "samples": samples,
+            "weight_reads": 0.0,
+            "kv_budget": kv_budget,
+            "kv_block": kv_block or self.kv_block,
+            "method": method or self.kv_method,
+        }
         prompt = full(shape, prompt_tokens=prompt_tokens, generated_tokens=0, weight_reads=0.0)
+        whole = full(shape, **common).bytes
+        read = whole
+        if kv_budget is not None:
+            read = full(replace(shape, key_elements_per_layer=0), **common).bytes
         forwards = samples * _positive(generated_tokens - 1)
-        shared = (t.step_fixed_s + t.weight_s_per_byte * float(shape.step_weight_bytes(batch))) / batch
-        own = t.sequence_s + t.decode_s_per_flop * shape.token_flops
-        prefill = t.prefill_fixed_s + t.prefill_s_per_flop * prompt.flops
-        return prefill + forwards * (shared + own) + t.kv_s_per_byte * (cost.bytes - prompt.bytes)
+        moved = t.kv_s_per_byte * (read - prompt.bytes) + t.search_s_per_byte * (whole - read)
+        return self.prefill_s(shape, tokens=prompt_tokens) + forwards * t.shared_s(shape, batch) / batch + moved
 
     def save(self, path: str | Path) -> None:
         """As JSON, NaN errors as null."""
@@ -193,8 +229,8 @@ def decode_bytes(
     total = float(full(shape, **common, method=rule).bytes)
     if rule is None or not rule.summaries:
         return total, 0.0
-    quiet = SparseMethod(rule.name, 0, rule.dense_layers, rule.extra_tokens)
-    read = float(full(shape, **common, method=quiet).bytes)
+    unsearched = replace(shape, key_elements_per_layer=0)
+    read = float(full(unsearched, **common, method=rule).bytes)
     return read, total - read
 
 
