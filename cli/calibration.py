@@ -4,7 +4,8 @@ fits it)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -37,7 +38,7 @@ def calibrate(
     ] = "128,256,512,1024,2048",
     prefills: Annotated[str, typer.Option(help="Prefill lengths.")] = "64,128,256,384,512,768,1024,1536",
     kv_budgets: Annotated[
-        str, typer.Option(help="KV budgets to measure too (needs the sparse plugin).")
+        str, typer.Option(help="KV budgets to measure too (needs the sparse plugin); --kv-block is the page.")
     ] = "",
     kv_block: KvBlock = None,
     kv_method: KvMethod = None,
@@ -46,7 +47,17 @@ def calibrate(
         typer.Option(help="What stands for repeats: median, or quiet (10th percentile) on a shared machine."),
     ] = "median",
     rounds: Annotated[int, typer.Option(help="Visits to every point, in a new order each time.")] = 5,
-    repeats: Annotated[int, typer.Option(help="Steps timed at a visit.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps timed at a visit.")] = 9,
+    time_limit: Annotated[
+        float,
+        typer.Option(help="Seconds of measuring (not of start-up) after which no point is visited again."),
+    ] = math.inf,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine-arg", help="An argument of vLLM's engine as name=JSON, e.g. enforce_eager=true."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the profile to this JSON file.")] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
@@ -63,31 +74,45 @@ def calibrate(
         raise InputError(
             f"--engine {engine}: only vllm can be calibrated; a remote engine's steps cannot be timed"
         )
+    if not time_limit > 0:
+        raise InputError(f"--time-limit {time_limit:g}: give seconds above 0, or leave it out")
     lengths, sizes = _whole("--contexts", contexts), _whole("--batches", batches)
+    budgets: list[int] = []
+    if kv_budgets:
+        budgets, kv_block, kv_method = _sparse(kv_budgets, kv_block, kv_method)
     cells = design(
         batches=sizes,
         contexts=lengths,
-        kv_budgets=_whole("--kv-budgets", kv_budgets) if kv_budgets else (),
+        kv_budgets=budgets,
         prefills=_whole("--prefills", prefills),
     )
     room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
-    from ttc.engine.stepper import VLLMStepper
+    told = _engine_args(engine_arg or [])
+    from ttc.engine.stepper import ENGINE_ARGS, VLLMStepper
     from ttc.engine.vllm import VLLMEngine
 
     with tempfile.TemporaryDirectory() as scratch:
         target, extra = model, {}
         if random_weights:
             target, extra = str(_hollow_model(model, Path(scratch), room)), {"load_format": "dummy"}
-        running = VLLMEngine(target, concurrency=max(sizes), context=room, engine_args=extra)
+        extra = {**ENGINE_ARGS, **extra, **told}
+        running = VLLMEngine(
+            target, concurrency=max(sizes), context=room, engine_args=extra,
+            kv_page=kv_block if budgets else None, kv_when="always" if budgets else None,
+        )  # fmt: skip
         try:
-            stepper = VLLMStepper(running, repeats=repeats)
+            if budgets and running.info.kv_page is None:
+                raise InputError(f"--kv-budgets: {running.info.kv_reason}; leave them out")
+            stepper = VLLMStepper(running, repeats=repeats, kv_method=kv_method)
             shape = shape_of(model) if random_weights else running.info.shape
             if shape is None:
                 raise InputError(f"--model {model}: its shape is not known; it needs a config.json")
             say = (
                 (lambda _: None) if quiet else (lambda line: print(f"\r{line:<79}", end="", file=sys.stderr))
             )
-            rows = measure(stepper, cells, say, rounds=rounds)
+            left_out = [c for c in cells if not stepper.fits(c.batch, c.context)]
+            cells = [c for c in cells if c not in left_out]
+            rows = measure(stepper, cells, say, rounds=rounds, limit_s=time_limit)
             counted = [
                 (c, stepper.counters(c.batch, c.context, c.phase)) for c in cells if c.kv_budget is None
             ]
@@ -95,7 +120,14 @@ def calibrate(
             running.close()
     if not quiet:
         print(file=sys.stderr)
-    facts: dict[str, Any] = {"machine": _machine(), "versions": {"vllm": running.info.identity["vllm"]}}
+        if left_out:
+            print(
+                f"{len(left_out)} points left out: the KV cache holds {stepper.capacity:,.0f} tokens",
+                file=sys.stderr,
+            )
+    facts: dict[str, Any] = {"machine": _machine(), "versions": _versions(running.info.identity)}
+    if told:
+        facts["machine"]["engine_args"] = json.dumps(told)
     facts |= {"kv_block": kv_block, "kv_method": kv_method}
     kinds: tuple[Statistic, ...] = get_args(Statistic)
     both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}
@@ -128,7 +160,11 @@ def calibrate(
         kept = " (kept)" if kind == statistic else ""
         stdout.print(f"  fit of the {kind}: {fitted.held_out.words()}{kept}", soft_wrap=True)
     for name, value in terms.items():
-        stdout.print(f"  {name:26} {value:.3g}")
+        if name == "kernel":
+            value = ", ".join(f"{factor:.2f} at {batch:g}" for batch, factor in value)
+            stdout.print(f"  {name:26} {value}", soft_wrap=True)
+        else:
+            stdout.print(f"  {name:26} {value:.3g}")
     for row in compared:
         stdout.print(
             f"  vLLM's counters, {row['phase']}: FLOPs {row['flops_ratio']:.3f}x ours, bytes {row['bytes_ratio']:.3f}x"
@@ -207,12 +243,48 @@ def _machine() -> dict[str, str]:
     except OSError:
         name = platform.processor()
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return {
+    told = {
         "cpu": name,
         "cores": str(os.cpu_count()),
         "omp_threads": threads,
         "python": platform.python_version(),
     }
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        told["accelerator"] = str(current_platform.get_device_name())
+    return told
+
+
+def _versions(identity: Mapping[str, str]) -> dict[str, str]:
+    """Of what the steps were made by, with the number type of the weights."""
+    import torch
+
+    return {"vllm": identity["vllm"], "torch": str(torch.__version__), "dtype": identity["dtype"]}
+
+
+def _sparse(text: str, page: int | None, method: str | None) -> tuple[list[int], int, str]:
+    """KV budgets, page and method as the plugin has them. Raises InputError for what it would refuse."""
+    from ttc.attention.settings import DEFAULT_METHOD, KvSetting
+
+    budgets, page, method = _whole("--kv-budgets", text), page or 64, method or DEFAULT_METHOD
+    for budget in budgets:
+        KvSetting(budget, method).check_page(page)
+    return budgets, page, method
+
+
+def _engine_args(given: Sequence[str]) -> dict[str, Any]:
+    """``name=JSON`` to vLLM's arguments; what is no JSON is text."""
+    told: dict[str, Any] = {}
+    for each in given:
+        name, sign, value = each.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"--engine-arg {each!r}: write name=value, e.g. enforce_eager=true")
+        try:
+            told[name] = json.loads(value)
+        except ValueError:
+            told[name] = value
+    return told
 
 
 def _whole(name: str, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -112,18 +113,21 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     *,
     rounds: int = 5,
+    limit_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Measurement]:
     """Every cell once in each of ``rounds`` rounds, in a new order each time: a machine that is slower for
-    a while then touches all cells alike. Repeats of all rounds are pooled."""
+    a while then touches all cells alike. Repeats of all rounds are pooled. After ``limit_s`` seconds no cell is
+    visited again; the first visits are all made."""
     if rounds < 1 or not cells:
         raise InputError(f"calibration of {len(cells)} cells in {rounds} rounds measures nothing; give both")
     rng = np.random.default_rng(0)
     seconds: list[list[float]] = [[] for _ in cells]
+    end = clock() + limit_s
     for turn in range(rounds):
-        # longest contexts first in the first round: they fill the prefix cache for the shorter ones
-        largest_first = np.argsort([-c.batch * c.context for c in cells], kind="stable")
-        order = rng.permutation(len(cells)) if turn else largest_first
-        for done, k in enumerate(order, 1):
+        for done, k in enumerate(rng.permutation(len(cells)), 1):
+            if turn and clock() >= end:
+                break
             cell = cells[k]
             seconds[k] += stepper.measure(cell.batch, cell.context, cell.kv_budget, cell.phase)
             where = f"{cell.phase} batch {cell.batch} context {cell.context}"
@@ -147,11 +151,11 @@ def fit(
     percentile, where other work shares the machine. Errors are against the same statistic of the points
     held out.
 
-    What a step takes beside KV is fitted batch by batch, then drawn as a line over the batch (fixed part and weights,
-    sequence overhead and FLOPs) with a factor at each batch, ``Terms.kernel``. With one dense model a step's fixed
-    part and its weights are constants of the same column, and so are a sequence's overhead and its FLOPs: only the
-    sums are identified. They are split by what the other phase shows (weights at the KV's bytes per second, a sequence's FLOPs at prefill's rate, each capped by the
-    sum), and ``Profile.split`` says so.
+    What a step takes beside KV is fitted batch by batch, then drawn as a line over the batch (fixed part and
+    weights, sequence overhead and FLOPs) with a factor at each batch, ``Terms.kernel``. With one dense model a
+    step's fixed part and its weights are constants of the same column, and so are a sequence's overhead and its
+    FLOPs: only the sums are identified. They are split by what the other phase shows (weights at the KV's bytes
+    per second, a sequence's FLOPs at prefill's rate, each capped by the sum), and ``Profile.split`` says so.
     """
     decode = [m for m in measurements if m.cell.phase == "decode"]
     prefill = [m for m in measurements if m.cell.phase == "prefill"]
@@ -161,9 +165,7 @@ def fit(
     rows = _decode_rows(shape, decode, batches, kv_block, kv_method)
     *bases, kv_rate, search_rate = _fitted(rows, decode, statistic, free=len(batches))
     step, sequence = _solve(np.array([[1.0, b] for b in batches]), np.array(bases))
-    kernel = tuple(
-        (float(b), base / (step + b * sequence)) for b, base in zip(batches, bases, strict=True)
-    )
+    kernel = tuple((float(b), base / (step + b * sequence)) for b, base in zip(batches, bases, strict=True))
     start, linear_rate, pair_rate = _fitted(_prefill_rows(shape, prefill), prefill, statistic)
     weights = float(shape.step_weight_bytes(1.0))
     weight_rate = min(step, start, weights * kv_rate) / weights

@@ -61,15 +61,12 @@ class Terms:
                     f"profile: {f.name} is {value}; it must be finite and not negative: calibrate again"
                 )
 
-
     def shared_s(self, shape: ModelShape, batch: float) -> float:
         """What a decode step of ``batch`` sequences takes beside its KV: kernel(batch) · L(batch)."""
 
         def line(b: float) -> float:
             own = self.sequence_s + self.decode_s_per_flop * shape.token_flops
-            return (
-                self.step_fixed_s + self.weight_s_per_byte * float(shape.step_weight_bytes(b)) + b * own
-            )
+            return self.step_fixed_s + self.weight_s_per_byte * float(shape.step_weight_bytes(b)) + b * own
 
         if not self.kernel:
             return line(batch)
@@ -177,7 +174,9 @@ class Profile:
             read = full(replace(shape, key_elements_per_layer=0), **common).bytes
         forwards = samples * _positive(generated_tokens - 1)
         moved = t.kv_s_per_byte * (read - prompt.bytes) + t.search_s_per_byte * (whole - read)
-        return self.prefill_s(shape, tokens=prompt_tokens) + forwards * t.shared_s(shape, batch) / batch + moved
+        return (
+            self.prefill_s(shape, tokens=prompt_tokens) + forwards * t.shared_s(shape, batch) / batch + moved
+        )
 
     def save(self, path: str | Path) -> None:
         """As JSON, NaN errors as null."""
@@ -204,7 +203,9 @@ class Profile:
             terms, noise = Terms(**data.pop("terms")), float(data.pop("noise"))
             rows = tuple(data.pop("measurements", ()))
             profile = cls(terms=terms, held_out=HeldOut(**errors), noise=noise, measurements=rows, **data)
-        except (KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"profile {path}: {error}; calibrate again") from None
         if not (profile.noise >= 0 and math.isfinite(profile.noise)):
             raise InputError(f"profile {path}: noise is {profile.noise}; calibrate again")

@@ -93,6 +93,41 @@ def test_the_design_holds_out_inside_and_beyond() -> None:
         design(batches=(1, 2))
 
 
+def test_a_time_limit_ends_repeats_but_not_first_visits() -> None:
+    class Clocked(Synthetic):
+        now = 0.0
+
+        def measure(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> list[float]:
+            self.now += 1.0
+            return super().measure(batch, context, kv_budget, phase)
+
+    cells, machine = design(), Clocked()
+    rows = measure(machine, cells, rounds=9, limit_s=len(cells) + 5.0, clock=lambda: machine.now)
+    assert machine.now == len(cells) + 5
+    assert sorted({len(m.seconds) for m in rows}) == [7, 14]
+    machine = Clocked()
+    measure(machine, cells, rounds=9, limit_s=1.0, clock=lambda: machine.now)
+    assert machine.now == len(cells)
+
+
+def test_a_kernel_that_is_no_line_in_the_batch_is_followed() -> None:
+    """Batch 2 slower than batch 4, as a matrix kernel of few rows may be."""
+
+    class Jagged(Synthetic):
+        def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
+            return super().true(batch, context, kv_budget, phase) + (0.03 if batch == 2 else 0.0)
+
+    profile = _calibrated(Jagged())
+    assert profile.held_out.inside_worst < 1e-6
+    step = [profile.decode_s(SHAPE, batch=b, context_tokens=200) for b in (1, 2, 4)]
+    assert step[1] > step[2] > step[0]
+    half = profile.decode_s(SHAPE, batch=3, context_tokens=200)
+    assert half == pytest.approx((step[1] + step[2]) / 2)
+    for bad in (((2.0, 1.0), (1.0, 1.0)), ((1.0, math.nan),), ((1.0, 0.0),)):
+        with pytest.raises(InputError, match="kernel needs"):
+            Terms(kernel=bad)
+
+
 def test_profiles_survive_storage(tmp_path: Path) -> None:
     profile = _calibrated(Synthetic())
     profile.save(tmp_path / "p.json")
@@ -122,7 +157,9 @@ def test_a_chain_is_the_sum_of_its_steps() -> None:
         ({"terms": {"step_fixed_s": math.nan}}, "holds NaN"),
         ({"terms": {"step_fixed_s": -1.0}}, "not negative"),
         ({"terms": {"unheard_of": 1.0}}, "unheard_of"),
-        ({"schema": 9}, "schema 1"),
+        ({"terms": {"kernel": [["one", 1.0]]}}, "could not convert"),
+        ({"terms": {"kernel": [[2.0, 1.0], [1.0, 1.0]]}}, "kernel needs growing batches"),
+        ({"schema": 9}, "schema 2"),
         ({"noise": None}, "calibrate again"),
     ],
 )

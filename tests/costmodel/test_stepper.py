@@ -1,4 +1,4 @@
-"""The stepper drives an engine as calibrate expects: right batch, right context, nothing left running."""
+"""The stepper drives an engine as calibrate expects: right batch, right context, right KV budget, nothing left running."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from ttc.errors import EngineError, InputError
 class ScriptedLLM:
     """vLLM's three verbs: prefills one sequence a step, then decodes all; remembers what every step saw."""
 
-    def __init__(self, fail: bool = False) -> None:
+    def __init__(self, fail: bool = False, blocks: int = 64) -> None:
+        cache = SimpleNamespace(block_size=32, num_gpu_blocks=blocks)
+        self.vllm_config = SimpleNamespace(cache_config=cache)
         self.waiting: list[tuple[str, int, Any]] = []
         self.running: dict[str, list[int]] = {}
         self.steps: list[list[int]] = []
+        self.told: list[Any] = []
+        self.loses: int | None = None  # from this step on a sequence is missing
         self.fail = fail
 
     def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
         self.waiting.append((name, len(prompt["prompt_token_ids"]), params))
+        self.told.append(params.extra_args)
 
     def step(self) -> list[Any]:
         if self.fail:
@@ -35,6 +40,8 @@ class ScriptedLLM:
             state[1] -= 1
         outputs = [SimpleNamespace(request_id=name) for name in self.running]
         self.steps.append([context for context, _ in self.running.values()])
+        if self.loses is not None and len(self.steps) > self.loses:
+            outputs = outputs[1:]
         self.running = {name: state for name, state in self.running.items() if state[1] > 0}
         return outputs
 
@@ -70,11 +77,35 @@ def test_prefill_times_one_fresh_prompt() -> None:
     assert llm.steps == [[65]] * 3
 
 
+def test_a_decode_asks_for_a_filled_context_and_for_its_kv_budget() -> None:
+    llm = ScriptedLLM()
+    stepper = _stepper(llm)
+    stepper.measure(1, 100, None, "decode")
+    stepper.measure(1, 100, 64, "decode")
+    stepper.measure(1, 100, None, "prefill")
+    filled = {"kv_transfer_params": {"ttc_filled": True}}
+    assert llm.told[0] == filled
+    assert llm.told[1] == filled | {"ttc_kv": {"budget": 64, "method": "block-topk"}}
+    assert llm.told[2] is None
+
+
+def test_a_batch_that_shrinks_is_no_measurement() -> None:
+    llm = ScriptedLLM()
+    llm.loses = 6
+    with pytest.raises(EngineError, match="did not keep 3 sequences"):
+        _stepper(llm).measure(3, 100, None, "decode")
+
+
 def test_cells_that_do_not_fit_are_refused() -> None:
     stepper = _stepper(ScriptedLLM())
     with pytest.raises(InputError, match="batch 9 exceeds"):
         stepper.measure(9, 10, None, "decode")
     with pytest.raises(InputError, match="context 511 exceeds"):
         stepper.measure(1, 511, None, "decode")
+    small = _stepper(ScriptedLLM(blocks=10))
+    assert small.fits(2, 100)
+    assert not small.fits(3, 100)
+    with pytest.raises(InputError, match="exceed the KV cache"):
+        small.measure(3, 100, None, "decode")
     with pytest.raises(EngineError, match="out of blocks"):
         _stepper(ScriptedLLM(fail=True)).measure(1, 10, None, "decode")
