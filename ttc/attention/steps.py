@@ -188,7 +188,7 @@ class Planner:
                 parts.setdefault(kind, []).append(step.tables[i, done:full].long())
                 row.done[self.name] = full
         made = {kind: torch.cat(ids) for kind, ids in parts.items()}
-        return {kind: ids.unique() if ids.is_cpu else ids for kind, ids in made.items()}
+        return {kind: torch.unique(ids) if ids.is_cpu else ids for kind, ids in made.items()}
 
     def layer_plan(self, step: Step, factors: Factors, ids: Ids) -> LayerPlan:
         """The plan of the layers with these factors. Everything is worked out on the host and put on the device at once."""
