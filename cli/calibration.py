@@ -88,6 +88,7 @@ def calibrate(
     )
     room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
     told = _engine_args(engine_arg or [])
+    from ttc.attention.settings import DEFAULT_METHOD
     from ttc.engine.stepper import ENGINE_ARGS, VLLMStepper
     from ttc.engine.vllm import VLLMEngine
 
@@ -103,13 +104,16 @@ def calibrate(
         try:
             if budgets and running.info.kv_page is None:
                 raise InputError(f"--kv-budgets: {running.info.kv_reason}; leave them out")
-            stepper = VLLMStepper(running, repeats=repeats, kv_method=kv_method)
+            stepper = VLLMStepper(running, repeats=repeats, kv_method=kv_method or DEFAULT_METHOD)
             shape = shape_of(model) if random_weights else running.info.shape
             if shape is None:
                 raise InputError(f"--model {model}: its shape is not known; it needs a config.json")
-            say = (
-                (lambda _: None) if quiet else (lambda line: print(f"\r{line:<79}", end="", file=sys.stderr))
-            )
+            watched = not quiet and sys.stderr.isatty()
+
+            def say(line: str) -> None:
+                if watched:
+                    print(f"\r{line:<79}", end="", file=sys.stderr)
+
             left_out = [c for c in cells if not stepper.fits(c.batch, c.context)]
             cells = [c for c in cells if c not in left_out]
             rows = measure(stepper, cells, say, rounds=rounds, limit_s=time_limit)
@@ -118,13 +122,13 @@ def calibrate(
             ]
         finally:
             running.close()
-    if not quiet:
+    if watched:
         print(file=sys.stderr)
-        if left_out:
-            print(
-                f"{len(left_out)} points left out: the KV cache holds {stepper.capacity:,.0f} tokens",
-                file=sys.stderr,
-            )
+    if left_out and not quiet:
+        print(
+            f"{len(left_out)} points left out: the KV cache holds {stepper.capacity:,.0f} tokens",
+            file=sys.stderr,
+        )
     facts: dict[str, Any] = {"machine": _machine(), "versions": _versions(running.info.identity)}
     if told:
         facts["machine"]["engine_args"] = json.dumps(told)

@@ -53,11 +53,11 @@ class ScriptedLLM:
         return bool(self.running or self.waiting)
 
 
-def _stepper(llm: ScriptedLLM, repeats: int = 5) -> VLLMStepper:
+def _stepper(llm: ScriptedLLM, repeats: int = 5, **options: Any) -> VLLMStepper:
     info = SimpleNamespace(context=512, concurrency=4, model="scripted", shape=ModelShape.named("Qwen3-0.6B"))
     vllm = SimpleNamespace(SamplingParams=lambda **fields: SimpleNamespace(**fields))
     engine: Any = SimpleNamespace(_llm=llm, info=info, _vllm=vllm)
-    return VLLMStepper(engine, repeats=repeats)
+    return VLLMStepper(engine, repeats=repeats, **options)
 
 
 def test_decode_times_full_batches_at_the_wanted_context() -> None:
@@ -79,13 +79,13 @@ def test_prefill_times_one_fresh_prompt() -> None:
 
 def test_a_decode_asks_for_a_filled_context_and_for_its_kv_budget() -> None:
     llm = ScriptedLLM()
-    stepper = _stepper(llm)
+    stepper = _stepper(llm, kv_method="quest")
     stepper.measure(1, 100, None, "decode")
     stepper.measure(1, 100, 64, "decode")
     stepper.measure(1, 100, None, "prefill")
     filled = {"kv_transfer_params": {"ttc_filled": True}}
     assert llm.told[0] == filled
-    assert llm.told[1] == filled | {"ttc_kv": {"budget": 64, "method": "block-topk"}}
+    assert llm.told[1] == filled | {"ttc_kv": {"budget": 64, "method": "quest"}}
     assert llm.told[2] is None
 
 

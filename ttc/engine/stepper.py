@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ttc.attention.settings import KvSetting
+from ttc.attention.settings import DEFAULT_METHOD, KvSetting
 from ttc.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class VLLMStepper:
     steps are timed per visit; ``kv_method`` reads what a KV budget lets be read."""
 
     def __init__(
-        self, engine: VLLMEngine, *, repeats: int = 9, seed: int = 0, kv_method: str | None = None
+        self, engine: VLLMEngine, *, repeats: int = 9, seed: int = 0, kv_method: str = DEFAULT_METHOD
     ) -> None:
         self._engine, self._repeats, self._method = engine, repeats, kv_method
         self._llm: Any = engine._llm
@@ -140,9 +140,8 @@ class VLLMStepper:
 
     def _decode(self, batch: int, context: int, kv_budget: int | None) -> list[float]:
         told: dict[str, Any] = {"kv_transfer_params": {ASKED: True}}
-        setting = KvSetting.asked(kv_budget, self._method)
-        if setting is not None:
-            told |= setting.extra_args()
+        if kv_budget is not None:
+            told |= KvSetting(kv_budget, self._method).extra_args()
         start = max(
             1, context - self._repeats // 2 - WARM_STEPS - 1
         )  # the timed steps straddle the wanted context
