@@ -233,9 +233,14 @@ def plan(
 
     stdout.print(f"[bold]{made.chosen.label()}[/bold]  ({limit})")
     stdout.print(made.why)
-    if made.flops_only is not None and made.flops_only.ratio > 1.005:
-        other = made.flops_only.point.label()
-        stdout.print(f"By FLOPs alone you would have taken {other}: {made.flops_only.ratio:.2f}x the price.")
+    if made.flops_only is not None:
+        other, ratio = made.flops_only.point.label(), made.flops_only.ratio
+        told = (
+            f"you would have taken {other}: {ratio:.2f}x the price"
+            if ratio > 1.005
+            else "you would have taken the same"
+        )
+        stdout.print(f"By FLOPs alone {told}.")
     rows = [("plan", made.chosen), *(("next", p) for p in made.runners_up)]
     rows += [(f"{amount / limit.amount:g}x", p) for amount, p in made.ladder if amount > limit.amount]
     _table(rows, tariff)
@@ -375,9 +380,10 @@ def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "configuration", "accuracy", "tokens", "eFLOPs", "by Kinetics"):
+        left = heading in ("", "configuration")
         table.add_column(
-            heading, justify="left" if heading in ("", "configuration") else "right", no_wrap=True
-        )
+            heading, justify="left" if left else "right", no_wrap=heading != "configuration"
+        )  # on a narrow terminal labels wrap, figures don't
     for name, point in rows:
         shown = point.to_json(tariff)
         accuracy = "?" if point.accuracy is None else f"{point.accuracy.mean:.1%}"
@@ -385,7 +391,7 @@ def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:
             accuracy += " [{:.0%}, {:.0%}]".format(*shown["accuracy_ci95"])
         numbers = (si(shown[k]) for k in ("tokens", "eflops", "eflops_kinetics"))
         table.add_row(name, point.label(), accuracy, *numbers)
-    stdout.print(table, width=max(stdout.width, 120), crop=False)
+    stdout.print(table)
 
 
 def _tariff(

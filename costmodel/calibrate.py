@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ttc.costmodel.profile import HeldOut, Profile, Terms, decode_bytes, prefill_flops
+from ttc.costmodel.profile import HeldOut, Profile, Terms, decode_bytes, prefill_flops, reads_a_part
 from ttc.costmodel.records import Floats
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
@@ -163,7 +163,7 @@ def fit(
         raise InputError("calibration: too few points to fit; measure at least 4 decode and 2 prefill points")
     batches = sorted({m.cell.batch for m in decode if m.cell.role == "fit"})
     rows = _decode_rows(shape, decode, batches, kv_block, kv_method)
-    *bases, kv_rate, search_rate = _fitted(rows, decode, statistic, free=len(batches))
+    *bases, kv_rate, search_rate, select, select_each = _fitted(rows, decode, statistic, free=len(batches))
     step, sequence = _solve(np.array([[1.0, b] for b in batches]), np.array(bases))
     kernel = tuple((float(b), base / (step + b * sequence)) for b, base in zip(batches, bases, strict=True))
     start, linear_rate, pair_rate = _fitted(_prefill_rows(shape, prefill), prefill, statistic)
@@ -179,6 +179,8 @@ def fit(
         decode_s_per_flop=flop_rate,
         kv_s_per_byte=kv_rate,
         search_s_per_byte=search_rate or kv_rate,  # not measured: bytes like others
+        select_step_s=select,
+        select_sequence_s=select_each,
         prefill_fixed_s=max(0.0, start - weights * weight_rate),
         prefill_s_per_flop=linear_rate,
         prefill_s_per_pair_flop=pair_rate,
@@ -216,12 +218,15 @@ def _decode_rows(
     kv_block: int | None,
     method: str | None,
 ) -> Floats:
-    """A column for each fitted batch (what its steps take beside KV), KV bytes, summary bytes."""
+    """A column for each fitted batch (what its steps take beside KV), KV bytes, summary bytes, and for sparse steps
+    1 and the batch."""
     rows = []
     for m in points:
         kv, search = decode_bytes(shape, m.cell.context, m.cell.kv_budget, kv_block, method)
         own = [float(m.cell.batch == b) for b in batches]
-        rows.append([*own, m.cell.batch * kv, m.cell.batch * search])
+        sparse = float(reads_a_part(m.cell.context, m.cell.kv_budget, kv_block, method))
+        moved = (m.cell.batch * kv, m.cell.batch * search)
+        rows.append([*own, *moved, sparse, sparse * m.cell.batch])
     return np.array(rows)
 
 
@@ -251,7 +256,7 @@ def _solve(columns: Floats, target: Floats, free: int = 0) -> list[float]:
 
 def _nonnegative(matrix: Floats, target: Floats, free: int) -> Floats:
     """Non-negative least squares, exactly, by trying every set of active columns; the first ``free`` ones are always
-    active (there are at most three others)."""
+    active (there are at most four others)."""
     columns = matrix.shape[1]
     best, least = np.zeros(columns), math.inf
     live = [c for c in range(free, columns) if np.any(matrix[:, c])]

@@ -287,6 +287,26 @@ def kv_reads(prompt_tokens: float, generated_tokens: float, kv_budget: int | Non
     return float(_sum_min(prompt_tokens, max(0, generated_tokens - 1), kv_budget, min, max))
 
 
+def sparse_steps(
+    *,
+    prompt_tokens: Any,
+    generated_tokens: Any,
+    kv_budget: Any,
+    kv_block: Any = None,
+    method: str | SparseMethod | None = None,
+) -> Any:
+    """Decode steps of one chain in which it reads a part of its KV (the first token comes from prefill). Numbers or arrays."""
+    rule = sparse_rule(kv_budget, kv_block, method)
+    if rule is None:
+        return 0.0 * generated_tokens
+    low, high = _bounds(
+        not all(isinstance(v, _SCALARS) for v in (prompt_tokens, generated_tokens, kv_budget))
+    )
+    _, dense = _kept(kv_budget, KV_BLOCK_TOKENS if kv_block is None else kv_block, rule, high)
+    steps = high(generated_tokens - 1, 0)
+    return high(low(prompt_tokens + steps - dense, steps), 0)
+
+
 def _prefill(
     shape: ModelShape, cached: Any, fresh: Any, prefills: Any, low: _Pick, high: _Pick
 ) -> tuple[Any, Any]:
@@ -370,12 +390,7 @@ def _sum_sparse(
     kept of S tokens: context c lies in p = ceil(c/S) pages; dense up to the largest p with p S <= K S + p v / 2
     (v summaries are v / 2 tokens' KV), from there K S - (p S - c) tokens, because the last page holds c - (p - 1) S.
     """
-    if rule.paged:
-        kept = high(budget // block, 1) * block + rule.extra_tokens
-        worth = block - rule.summaries / 2  # tokens that a page left out saves
-        dense = (kept // worth) * block if worth > 0 else _NO_CAP
-    else:
-        kept = dense = budget + rule.extra_tokens
+    kept, dense = _kept(budget, block, rule, high)
     unsearched = high(low(dense - context, steps), 0)
     begun, end = context + unsearched, context + steps
     pages: Any = 0.0
@@ -386,6 +401,15 @@ def _sum_sparse(
         unfilled = block * pages - (end * (end + 1) - begun * (begun + 1)) / 2
         read = read - unfilled
     return read, rule.summaries * rule.searches * pages
+
+
+def _kept(budget: Any, block: Any, rule: SparseMethod, high: _Pick) -> tuple[Any, Any]:
+    """Tokens that a sparse step keeps, with the last page full, and the context up to which a step is dense."""
+    if not rule.paged:
+        return budget + rule.extra_tokens, budget + rule.extra_tokens
+    kept = high(budget // block, 1) * block + rule.extra_tokens
+    worth = block - rule.summaries / 2  # tokens that a page left out saves
+    return kept, (kept // worth) * block if worth > 0 else _NO_CAP
 
 
 def _sum_pages(tokens: Any, block: Any) -> Any:

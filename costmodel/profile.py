@@ -3,7 +3,7 @@ itself measured.
 
 Terms are physical and separable, so that a profile of one model prices another on the same machine:
 
-  decode step  = kernel(batch) · L(batch) + k·KV bytes + q·summary bytes
+  decode step  = kernel(batch) · L(batch) + k·KV bytes [+ select + batch·select' + q·summary bytes, where it is sparse]
   L(batch)     = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token)
   prefill step = fixed' + w·weight bytes + f'·linear FLOPs + g·attention FLOPs
 
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ttc.costmodel.costs import SparseMethod, full, sparse_rule
+from ttc.costmodel.costs import SparseMethod, full, sparse_rule, sparse_steps
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
 
@@ -39,6 +39,8 @@ class Terms:
     decode_s_per_flop: float = 0.0
     kv_s_per_byte: float = 0.0
     search_s_per_byte: float = 0.0
+    select_step_s: float = 0.0
+    select_sequence_s: float = 0.0
     prefill_fixed_s: float = 0.0
     prefill_s_per_flop: float = 0.0
     prefill_s_per_pair_flop: float = 0.0
@@ -60,6 +62,10 @@ class Terms:
                 raise InputError(
                     f"profile: {f.name} is {value}; it must be finite and not negative: calibrate again"
                 )
+
+    def selection_s(self, batch: float) -> float:
+        """What choosing pages adds to a step of ``batch`` sequences beside the summaries' bytes."""
+        return self.select_step_s + batch * self.select_sequence_s
 
     def shared_s(self, shape: ModelShape, batch: float) -> float:
         """What a decode step of ``batch`` sequences takes beside its KV: kernel(batch) · L(batch)."""
@@ -125,7 +131,8 @@ class Profile:
         kv, search = decode_bytes(shape, context_tokens, kv_budget, self.kv_block, self.kv_method)
         t = self.terms
         moved = batch * (t.kv_s_per_byte * kv + t.search_s_per_byte * search)
-        return t.shared_s(shape, batch) + moved
+        sparse = reads_a_part(context_tokens, kv_budget, self.kv_block, self.kv_method)
+        return t.shared_s(shape, batch) + moved + sparse * t.selection_s(batch)
 
     def prefill_s(self, shape: ModelShape, *, tokens: float, cached_tokens: float = 0) -> float:
         """One prefill step of ``tokens`` new tokens after ``cached_tokens``."""
@@ -174,9 +181,13 @@ class Profile:
             read = full(replace(shape, key_elements_per_layer=0), **common).bytes
         forwards = samples * _positive(generated_tokens - 1)
         moved = t.kv_s_per_byte * (read - prompt.bytes) + t.search_s_per_byte * (whole - read)
-        return (
-            self.prefill_s(shape, tokens=prompt_tokens) + forwards * t.shared_s(shape, batch) / batch + moved
-        )
+        told = {
+            name: common[name]
+            for name in ("prompt_tokens", "generated_tokens", "kv_budget", "kv_block", "method")
+        }
+        chosen = samples * sparse_steps(**told) * t.selection_s(batch) / batch
+        shared = forwards * t.shared_s(shape, batch) / batch
+        return self.prefill_s(shape, tokens=prompt_tokens) + shared + moved + chosen
 
     def save(self, path: str | Path) -> None:
         """As JSON, NaN errors as null."""
@@ -210,6 +221,14 @@ class Profile:
         if not (profile.noise >= 0 and math.isfinite(profile.noise)):
             raise InputError(f"profile {path}: noise is {profile.noise}; calibrate again")
         return profile
+
+
+def reads_a_part(
+    context_tokens: float, kv_budget: float | None, kv_block: int | None, method: str | SparseMethod | None
+) -> bool:
+    """Whether a decode step over this context is sparse."""
+    step: dict[str, Any] = {"prompt_tokens": context_tokens - 1, "generated_tokens": 2}
+    return bool(sparse_steps(**step, kv_budget=kv_budget, kv_block=kv_block, method=method))
 
 
 def decode_bytes(

@@ -31,7 +31,8 @@ class Synthetic:
             linear, attention = prefill_flops(SHAPE, context)
             return 0.1 + linear / 2e11 + attention / 1e11
         kv, search = decode_bytes(SHAPE, context, kv_budget, 32, "block")
-        return 0.1 + batch * (0.004 + kv / 6e9 + search / 3e9)
+        chosen = 0.0 if kv_budget is None else 0.02 + batch * 0.001
+        return 0.1 + batch * (0.004 + kv / 6e9 + search / 3e9) + chosen
 
     def measure(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> list[float]:
         out = []
@@ -54,6 +55,8 @@ def test_a_quiet_machine_is_recovered_exactly() -> None:
     assert profile.held_out.beyond_worst < 1e-6
     assert profile.terms.kv_s_per_byte == pytest.approx(1 / 6e9)
     assert profile.terms.search_s_per_byte == pytest.approx(1 / 3e9)
+    assert profile.terms.select_step_s == pytest.approx(0.02)
+    assert profile.terms.select_sequence_s == pytest.approx(0.001)
     assert profile.terms.prefill_s_per_flop == pytest.approx(1 / 2e11)
     assert profile.noise == 0
 
@@ -147,6 +150,12 @@ def test_a_chain_is_the_sum_of_its_steps() -> None:
     whole = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=length, batch=batch)
     prefill = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=0, batch=batch)
     assert whole - prefill == pytest.approx(steps, rel=1e-9)
+    sparse = {"kv_budget": 64, "batch": batch}
+    steps = sum(
+        profile.decode_s(SHAPE, context_tokens=prompt + t, **sparse) / batch for t in range(1, length)
+    )
+    whole_sparse = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=length, **sparse)
+    assert whole_sparse - prefill == pytest.approx(steps, rel=1e-9)
     many = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=np.array([1, length]), batch=batch)
     assert many[1] == pytest.approx(whole)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttc.costmodel import METHODS, Cost, Hardware, ModelShape, SparseMethod, full, kinetics
+from ttc.costmodel.costs import sparse_steps
 from ttc.errors import InputError
 
 SHAPES = [ModelShape.named(n) for n in ("Qwen3-0.6B", "Gemma-3-1B", "DeepSeek-V3", "Qwen3-30B-A3B")]
@@ -103,6 +104,16 @@ def test_kinetics_integral_additivity_and_limits(
     assert abs(sparse_reads - exact) <= lout / 2 + 1e-6 * exact
 
 
+def _chosen(context: int, budget: int, block: int, m: SparseMethod) -> tuple[bool, int]:
+    """Whether a step over this context stays dense, and what a sparse one reads."""
+    cap = budget + m.extra_tokens
+    if not m.paged:
+        return context <= cap, cap
+    # as ttc/attention has it (pages kept and the reduced length)
+    pages, kept = math.ceil(context / block), max(1, budget // block) * block + m.extra_tokens
+    return pages * block <= kept + pages * m.summaries / 2, context - pages * block + kept
+
+
 def _loop(
     s: ModelShape,
     lin: int,
@@ -132,12 +143,7 @@ def _loop(
             for layer in range(layers):
                 read = context if window is None else min(context, window)
                 if window is None and budget is not None and layer >= m.dense_layers:
-                    pages, cap = math.ceil(context / block), budget + m.extra_tokens
-                    stays = context <= cap
-                    if m.paged:  # as ttc/attention/cpu.py has it (pages_kept and the reduced length)
-                        kept = max(1, budget // block) * block + m.extra_tokens
-                        stays = pages * block <= kept + pages * m.summaries / 2
-                        cap = context - pages * block + kept
+                    pages, (stays, cap) = math.ceil(context / block), _chosen(context, budget, block, m)
                     if not stays:
                         read, scored = cap, m.summaries * m.searches * pages
                         f += s.key_pair_flops_per_layer * scored
@@ -170,6 +176,11 @@ def test_full_is_the_sum_over_every_forward_pass(data: st.DataObject) -> None:
         start_tokens=start, batch=batch, kv_budget=budget, kv_block=block, method=m,
     )  # fmt: skip
     assert close(ours, _loop(s, lin, lout, n, batch, cached, start, budget, block, m))
+    sparse = sparse_steps(
+        prompt_tokens=lin, generated_tokens=lout, kv_budget=budget, kv_block=block, method=m
+    )
+    steps = range(lin + 1, lin + lout)
+    assert sparse == (0 if budget is None else sum(not _chosen(c, budget, block, m)[0] for c in steps))
 
 
 @settings(max_examples=60, deadline=None)
