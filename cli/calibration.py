@@ -88,6 +88,8 @@ def calibrate(
     )
     room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
     told = _engine_args(engine_arg or [])
+    if out is not None:
+        _check_writable(out)  # before minutes of measuring
     from ttc.attention.settings import DEFAULT_METHOD
     from ttc.engine.stepper import ENGINE_ARGS, VLLMStepper
     from ttc.engine.vllm import VLLMEngine
@@ -139,7 +141,6 @@ def calibrate(
     name = f"{shape.name} (random weights)" if random_weights else running.info.model
     profile = replace(profile, model=name)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         profile.save(out)
     compared = _compare_counters(shape, counted)
     errors = {name: getattr(profile.held_out, name) for name in profile.held_out.__slots__}
@@ -277,13 +278,29 @@ def _sparse(text: str, page: int | None, method: str | None) -> tuple[list[int],
     return budgets, page, method
 
 
+def _check_writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a"):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be written ({error.strerror}); give another file") from None
+
+
 def _engine_args(given: Sequence[str]) -> dict[str, Any]:
-    """``name=JSON`` to vLLM's arguments; what is no JSON is text."""
+    """``name=JSON`` to vLLM's arguments; what is no JSON is text. Raises InputError, also for a name that vLLM does not have."""
     told: dict[str, Any] = {}
+    known: Any = {}
+    if given:
+        from ttc.engine.vllm_start import import_vllm
+
+        known = import_vllm().EngineArgs.__dataclass_fields__
     for each in given:
         name, sign, value = each.partition("=")
         if not sign or not name.isidentifier():
             raise InputError(f"--engine-arg {each!r}: write name=value, e.g. enforce_eager=true")
+        if name not in known:
+            raise InputError(f"--engine-arg {name}: vLLM's EngineArgs has no such argument")
         try:
             told[name] = json.loads(value)
         except ValueError:

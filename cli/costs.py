@@ -89,6 +89,8 @@ def cost(
         raise InputError(
             f"--cached-prompt-tokens {cached_prompt_tokens:g} exceeds --prompt-tokens {prompt_tokens:g}"
         )
+    if samples < 1:
+        raise InputError(f"--samples {samples}: give 1 chain or more")
     triggers = 0
     if deepen_from is not None:
         triggers = deepening_triggers(generated_tokens, deepen_from, deepen_growth)
@@ -116,7 +118,9 @@ def cost(
         from ttc.costmodel.profile import Profile
 
         fitted = Profile.load(profile)
-        seconds = fitted.chain_s(shape, **chains, **sparse, batch=batch or max(samples, 1))
+        seconds = fitted.chain_s(
+            shape, **chains, **sparse, batch=batch or samples, cached_prompt_tokens=cached_prompt_tokens
+        )
         basis = f"profile of {fitted.model}: {fitted.held_out.words()}"
     result: dict[str, Any] = {
         "kinetics": {"flops": paper.flops, "bytes": paper.bytes, "eflops": paper.eflops(factor)},
@@ -277,6 +281,8 @@ def frontier(
     exponents."""
     from ttc.costmodel.frontier import axis, pareto, report
 
+    for limit in allocate or ():
+        positive("--allocate", limit)
     tariff = _tariff(hardware, intensity, prompt_tokens, batch, kv_method, kv_block, profile, usd_per_hour)
     loaded = _load(data, model or [], tariff, task, rule)
     points = loaded.points

@@ -198,6 +198,8 @@ def full(
     summed over the devices.
     """
     arrays = _validate(prompt_tokens, generated_tokens, samples, start_tokens)
+    if tensor_parallel < 1:
+        raise InputError(f"tensor_parallel is {tensor_parallel}; give 1 or more devices")
     rule = sparse_rule(kv_budget, kv_block, method)
     block = KV_BLOCK_TOKENS if kv_block is None else kv_block
     if not arrays:
@@ -320,14 +322,20 @@ def _prefill(
 
 
 def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tokens: Any) -> bool:
-    """True if any argument is an array; raises on a negative or NaN one."""
+    """True if any argument is an array; raises on one that is negative, NaN or infinite."""
     if (
         isinstance(prompt_tokens, _NUMBERS)
         and isinstance(generated_tokens, _NUMBERS)
         and isinstance(samples, _NUMBERS)
         and isinstance(start_tokens, _NUMBERS)
     ):
-        if prompt_tokens >= 0 and generated_tokens >= 0 and samples >= 0 and start_tokens >= 0:
+        inf = math.inf
+        if (
+            0 <= prompt_tokens < inf
+            and 0 <= generated_tokens < inf
+            and 0 <= samples < inf
+            and 0 <= start_tokens < inf
+        ):
             return False
         arrays = False
     else:
@@ -340,8 +348,9 @@ def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tok
     }
     for name, value in named.items():
         least = value if isinstance(value, _NUMBERS) else value.min() if value.size else 0
-        if not least >= 0:
-            raise InputError(f"{name} is {least}; it must be 0 or more")
+        most = value if isinstance(value, _NUMBERS) else value.max() if value.size else 0
+        if not (least >= 0 and most < math.inf):
+            raise InputError(f"{name} is {most if least >= 0 else least}; it must be 0 or more, and finite")
     return arrays
 
 

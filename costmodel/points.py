@@ -106,7 +106,7 @@ class Price:
                     f"a budget in dollars needs a price of {tariff.hardware.name}; give --usd-per-hour"
                 )
             return self.seconds * (price / 3600.0)
-        raise InputError(f"budget unit {unit!r} is not known; use tokens, eflops, seconds or dollars")
+        raise InputError(f"unit {unit!r} is not known; use tokens, eflops, flops, seconds or dollars")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -157,6 +157,7 @@ class Profile:
         kv_budget: float | None = None,
         kv_block: int | None = None,
         method: str | SparseMethod | None = None,
+        cached_prompt_tokens: Any = 0,
     ) -> Any:
         """This problem's share of the machine's seconds for N chains in steps of ``batch`` sequences; numbers
         or arrays.
@@ -187,7 +188,10 @@ class Profile:
         }
         chosen = samples * sparse_steps(**told) * t.selection_s(batch) / batch
         shared = forwards * t.shared_s(shape, batch) / batch
-        return self.prefill_s(shape, tokens=prompt_tokens) + shared + moved + chosen
+        start = self.prefill_s(
+            shape, tokens=prompt_tokens - cached_prompt_tokens, cached_tokens=cached_prompt_tokens
+        )
+        return start + shared + moved + chosen
 
     def save(self, path: str | Path) -> None:
         """As JSON, NaN errors as null."""
@@ -209,13 +213,16 @@ class Profile:
             raise InputError(f"profile {path}: {error}; calibrate again") from None
         if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
             raise InputError(f"profile {path}: not a profile of schema {SCHEMA}; calibrate again")
+        for name in ("held_out", "terms"):
+            if not isinstance(data.get(name), dict):
+                raise InputError(f"profile {path}: {name} is {data.get(name)!r}, no object; calibrate again")
         try:
             errors = {k: math.nan if v is None else float(v) for k, v in data.pop("held_out").items()}
             terms, noise = Terms(**data.pop("terms")), float(data.pop("noise"))
             rows = tuple(data.pop("measurements", ()))
             profile = cls(terms=terms, held_out=HeldOut(**errors), noise=noise, measurements=rows, **data)
-        except InputError:
-            raise
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"profile {path}: {error}; calibrate again") from None
         if not (profile.noise >= 0 and math.isfinite(profile.noise)):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_a_chain_is_the_sum_of_its_steps() -> None:
     whole = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=length, batch=batch)
     prefill = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=0, batch=batch)
     assert whole - prefill == pytest.approx(steps, rel=1e-9)
-    sparse = {"kv_budget": 64, "batch": batch}
+    sparse: dict[str, Any] = {"kv_budget": 64, "batch": batch}
     steps = sum(
         profile.decode_s(SHAPE, context_tokens=prompt + t, **sparse) / batch for t in range(1, length)
     )
@@ -168,6 +169,7 @@ def test_a_chain_is_the_sum_of_its_steps() -> None:
         ({"terms": {"unheard_of": 1.0}}, "unheard_of"),
         ({"terms": {"kernel": [["one", 1.0]]}}, "could not convert"),
         ({"terms": {"kernel": [[2.0, 1.0], [1.0, 1.0]]}}, "kernel needs growing batches"),
+        ({"held_out": None}, "held_out is None"),
         ({"schema": 9}, "schema 2"),
         ({"noise": None}, "calibrate again"),
     ],

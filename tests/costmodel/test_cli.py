@@ -108,7 +108,9 @@ def test_plan_json(tmp_path: Path) -> None:
     assert shown["flops_only"]["cost_ratio"] >= 1
     by_paper = run_json("plan", "--budget", "30 PeFLOPs", "--data", data, "--convention", "kinetics")
     assert by_paper["plan"]["eflops_kinetics"] <= 3e16
-    assert "fits" in run("plan", "--budget", "40k tokens", "--data", data)
+    told = run("plan", "--budget", "40k tokens", "--data", data)
+    assert "fits" in told
+    assert "By FLOPs alone you would have taken" in told
     alone = run_json(
         "plan", "--budget", "$0.01", "-m", "Qwen3-14B", "-m", "Qwen3-1.7B", "--usd-per-hour", "4"
     )
@@ -128,6 +130,10 @@ def test_frontier_json_and_pictures(tmp_path: Path) -> None:
     costs_along = [p["eflops_kinetics"] for p in shown["pareto"]]
     assert costs_along == sorted(costs_along)
     assert len(shown["allocation"]) == 6
+    with pytest.raises(InputError, match="--allocate is -1"):
+        run("frontier", data, "--allocate", "-1")
+    with pytest.raises(InputError, match="flops, seconds or dollars"):
+        run("frontier", data, "--unit", "parsecs")
     text = run("frontier", data)
     assert "●" in text
     assert "cost doubles" in text
@@ -136,7 +142,10 @@ def test_frontier_json_and_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["cost", "-m", "Qwen3-8B", "--samples", "-1"], "samples is -1"),
+        (["cost", "-m", "Qwen3-8B", "--samples", "-1"], "--samples -1: give 1"),
+        (["cost", "-m", "Qwen3-8B", "--samples", "0"], "--samples 0: give 1"),
+        (["cost", "-m", "Qwen3-8B", "--generated-tokens", "inf"], "generated_tokens is inf"),
+        (["cost", "-m", "Qwen3-8B", "--tensor-parallel", "0"], "tensor_parallel is 0"),
         (["cost", "-m", "Qwen3-8B", "--generated-tokens", "-5"], "generated_tokens is -5"),
         (["cost", "-m", "Qwen3-8B", "--hardware", "H900"], "h100"),
         (["cost", "-m", "Qwen3-8B", "--intensity", "nan"], "--intensity is nan"),
@@ -150,6 +159,10 @@ def test_frontier_json_and_pictures(tmp_path: Path) -> None:
         (["calibrate", "-m", "nano-s", "--engine", "openai:x"], "only vllm"),
         (["calibrate", "-m", "nano-s", "--batches", "1,two"], "--batches"),
         (["calibrate", "-m", "nano-s", "--batches", "1,2"], "too small"),
+        (["calibrate", "-m", "nano-s", "--time-limit", "nan"], "--time-limit nan"),
+        (["calibrate", "-m", "nano-s", "--engine-arg", "eager"], "write name=value"),
+        (["calibrate", "-m", "nano-s", "--out", "/proc/none/p.json"], "can't be written"),
+        (["calibrate", "-m", "nano-s", "--kv-budgets", "16", "--kv-block", "64"], "under one page of 64"),
     ],
 )
 def test_bad_input_gets_one_line(args: list[str], told: str) -> None:
