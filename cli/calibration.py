@@ -67,6 +67,7 @@ def calibrate(
     import tempfile
 
     from ttc.costmodel.calibrate import Statistic, design, fit, measure
+    from ttc.costmodel.profile import RANDOM
 
     if statistic not in ("median", "quiet"):
         raise InputError(f"--statistic {statistic}: use median or quiet")
@@ -138,8 +139,7 @@ def calibrate(
     kinds: tuple[Statistic, ...] = get_args(Statistic)
     both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}
     profile = next(p for kind, p in both.items() if kind == statistic)
-    name = f"{shape.name} (random weights)" if random_weights else running.info.model
-    profile = replace(profile, model=name)
+    profile = replace(profile, model=shape.name + RANDOM if random_weights else shape.name)
     if out is not None:
         profile.save(out)
     compared = _compare_counters(shape, counted)
@@ -171,8 +171,12 @@ def calibrate(
         else:
             stdout.print(f"  {name:26} {value:.3g}")
     for row in compared:
+        moved = (
+            f"{row['bytes_ratio']:.3f}x ({row['bytes_ratio_without_activations']:.3f}x without activations)"
+        )
         stdout.print(
-            f"  vLLM's counters, {row['phase']}: FLOPs {row['flops_ratio']:.3f}x ours, bytes {row['bytes_ratio']:.3f}x"
+            f"  vLLM's counters, {row['phase']}: FLOPs {row['flops_ratio']:.3f}x ours, bytes {moved}",
+            soft_wrap=True,
         )
     if out is not None:
         stdout.print(f"written to {out}")

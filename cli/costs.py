@@ -121,7 +121,7 @@ def cost(
         seconds = fitted.chain_s(
             shape, **chains, **sparse, batch=batch or samples, cached_prompt_tokens=cached_prompt_tokens
         )
-        basis = f"profile of {fitted.model}: {fitted.held_out.words()}"
+        basis = fitted.basis(shape.name)
     result: dict[str, Any] = {
         "kinetics": {"flops": paper.flops, "bytes": paper.bytes, "eflops": paper.eflops(factor)},
         "full": {

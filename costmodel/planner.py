@@ -116,6 +116,9 @@ def plan(
     best = _best(affordable, cost)
     flops = axis(tariff, "flops", convention)
     frontier = pareto(known, cost, gain=GAIN)
+    notes = _notes(points, best, fits, silent)
+    if tariff.profile is not None:
+        notes.append(f"seconds: {tariff.profile.basis(best.model)}")
     return Plan(
         budget=budget,
         unit=unit,
@@ -127,7 +130,7 @@ def plan(
         frontier=tuple(frontier),
         flops_only=_flops_only(known, best, cost, flops),
         ladder=tuple(_ladder(candidates, budget, cost)),
-        notes=tuple(_notes(points, best, fits, silent)),
+        notes=tuple(notes),
     )
 
 

@@ -1,7 +1,8 @@
 """A calibrated profile: what an engine's steps take on one machine, with the error that the calibration
 itself measured.
 
-Terms are physical and separable, so that a profile of one model prices another on the same machine:
+Terms are physical and separable, so that another model of the same machine can be priced too, but only the calibrated one
+with a known error:
 
   decode step  = kernel(batch) · L(batch) + k·KV bytes [+ select + batch·select' + q·summary bytes, where it is sparse]
   L(batch)     = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token)
@@ -27,6 +28,7 @@ from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
 
 SCHEMA = 2
+RANDOM = " (random weights)"  # ends the model's name where only its shape was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,12 @@ class Profile:
     split: str = ""
     statistic: str = "median"
     measurements: tuple[Mapping[str, Any], ...] = ()
+
+    def basis(self, model: str) -> str:
+        """What is printed beside seconds that this profile gives ``model``: its error, or that none is known."""
+        if model == self.model.removesuffix(RANDOM):
+            return f"profile of {self.model}: {self.held_out.words()}"
+        return f"profile of {self.model}, another model: how far off is not known (docs/costmodel.md)"
 
     def decode_s(
         self, shape: ModelShape, *, batch: float, context_tokens: float, kv_budget: float | None = None

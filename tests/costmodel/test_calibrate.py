@@ -138,6 +138,8 @@ def test_profiles_survive_storage(tmp_path: Path) -> None:
     again = Profile.load(tmp_path / "p.json")
     assert again.terms == profile.terms
     assert again.held_out == profile.held_out
+    assert "held out inside" in again.basis(SHAPE.name)
+    assert "another model: how far off is not known" in again.basis("Qwen3-8B")
     for cell in (Cell("decode", 3, 300, 100), Cell("prefill", 1, 77)):
         assert predict(SHAPE, again, cell) == predict(SHAPE, profile, cell)
 
