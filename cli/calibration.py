@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from ttc.cli.options import AsJson, KvBlock, KvMethod, finite, shape_of
+from ttc.cli.options import AsJson, KvBlock, KvMethod, engine_args, finite, shape_of
 from ttc.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def calibrate(
         prefills=_whole("--prefills", prefills),
     )
     room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
-    told = _engine_args(engine_arg or [])
+    told = engine_args(engine_arg or [])
     if out is not None:
         _check_writable(out)  # before minutes of measuring
     from ttc.attention.settings import DEFAULT_METHOD
@@ -289,27 +289,6 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"--out {out}: can't be written ({error.strerror}); give another file") from None
-
-
-def _engine_args(given: Sequence[str]) -> dict[str, Any]:
-    """``name=JSON`` to vLLM's arguments; what is no JSON is text. Raises InputError, also for a name that vLLM does not have."""
-    told: dict[str, Any] = {}
-    known: Any = {}
-    if given:
-        from ttc.engine.vllm_start import import_vllm
-
-        known = import_vllm().EngineArgs.__dataclass_fields__
-    for each in given:
-        name, sign, value = each.partition("=")
-        if not sign or not name.isidentifier():
-            raise InputError(f"--engine-arg {each!r}: write name=value, e.g. enforce_eager=true")
-        if name not in known:
-            raise InputError(f"--engine-arg {name}: vLLM's EngineArgs has no such argument")
-        try:
-            told[name] = json.loads(value)
-        except ValueError:
-            told[name] = value
-    return told
 
 
 def _whole(name: str, text: str) -> list[int]:

@@ -136,12 +136,15 @@ def _sparse_plugin() -> Check:
             False,
             "vLLM will not find ttc's attention plugin: install the package (pip install -e .)",
         )
-    if not plugin.active():
+    ours = plugin.active()
+    if not ours:
         return Check(
             "sparse decoding", None, "off: vLLM's attention backend here is not one that the plugin extends"
         )
     how = "in C++" if selector() is not None else "in torch, which is slower: no C++ compiler here"
-    return Check("sparse decoding", True, f"vLLM's attention is ours to extend; pages are chosen {how}")
+    if "CPU_ATTN" not in ours:
+        how = "in Triton"
+    return Check("sparse decoding", True, f"extends vLLM's {', '.join(ours)}; pages are chosen {how}")
 
 
 def _machine() -> list[Check]:

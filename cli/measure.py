@@ -92,15 +92,24 @@ def decode(
     steps: Annotated[int, typer.Option(min=3, help="Steps of each arm; medians are reported.")] = 9,
     share_layers: Annotated[int, typer.Option(min=1, help="Neighbouring layers that share a choice.")] = 1,
     share_steps: Annotated[int, typer.Option(min=1, help="Steps that a choice lasts.")] = 1,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Qwen3 of the registry.")] = "Qwen3-0.6B",
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine-arg",
+            help="An argument of vLLM's engine as name=JSON, e.g. attention_backend=FLASH_ATTN.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Sparse against dense decoding, step by step over the same KV, on a Qwen3-0.6B shape with random weights."""
+    """Sparse against dense decoding, step by step over the same KV, on a published model's shape with random weights."""
     from ttc.bench.decode import main
+    from ttc.cli.options import engine_args
 
     main(
         contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), budgets=_numbers("budgets", budgets),
         method=method, page=page, layers=layers, memory_gib=memory, steps=steps, share_layers=share_layers,
-        share_steps=share_steps, as_json=as_json,
+        share_steps=share_steps, as_json=as_json, model=model, engine_args=engine_args(engine_arg or []),
     )  # fmt: skip
 
 

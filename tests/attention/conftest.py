@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.attention.models import open_engine, save_model
+from tests.attention.models import open_engine, open_stock, save_model
 
 
 @pytest.fixture(scope="session")
@@ -20,23 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(tiny: Path) -> Callable[..., Any]:
     """Opens an engine without the plugin's backend: what ours must equal."""
 
-    def opened(**changes: Any) -> Any:
-        from vllm.plugins import load_general_plugins
-        from vllm.v1.attention import selector
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-        from ttc.attention import plugin
-
-        load_general_plugins()
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
-        try:
-            return open_engine(tiny, **changes)
-        finally:
-            plugin.register()
-            selector._cached_get_attn_backend.cache_clear()
-
-    return opened
+    return partial(open_stock, tiny, "CPU_ATTN")
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,35 @@ def open_engine(folder: Path, *, sparse: dict[str, Any] | None = None, **changes
     return _OPEN[-1]
 
 
+def open_stock(folder: Path, backend: str, **changes: Any) -> Any:
+    """Likewise, with vLLM's own class for its attention ``backend``, not the plugin's."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from ttc.attention import plugin
+
+    load_general_plugins()
+    AttentionBackendEnum[backend].clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        return open_engine(folder, **changes)
+    finally:
+        plugin.register()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+def cached_tokens(engine: Any, ids: list[int], setting: KvSetting | None) -> int:
+    """Tokens of a prompt that the prefix cache has under a setting."""
+    vllm = import_vllm()
+    prompt: dict[str, Any] = {"prompt_token_ids": ids}
+    if setting is not None:
+        prompt["cache_salt"] = setting.salt
+    engine.add_request("asked", prompt, vllm.SamplingParams(temperature=0.0, max_tokens=1, detokenize=False))
+    [output] = [o for _ in range(20) for o in engine.step() if o.finished]
+    return int(output.num_cached_tokens)
+
+
 def prompts(count: int = 10, shared: int = 150, seed: int = 0) -> list[list[int]]:
     """Prompts of 20 to 600 tokens; every other one begins with the same ``shared`` tokens."""
     source = random.Random(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ttc.attention.choose import Ids
 
 
 @dataclass
@@ -26,27 +29,23 @@ class Seen:
     page: int
     output: Tensor  # [H, G, D]
     scale: float
+    ids: Ids
+    kept_as: torch.dtype  # page summaries
 
     def kept(self, head: int) -> list[int]:
         """Positions of the pages read by a KV head."""
         count = -(-int(self.lengths[head]) // self.page)
-        heads = len(self.lengths)
-        ids = self.table[head, :count].tolist()
-        assert all(i % heads == head for i in ids)
-        return [self.pages.index(i // heads) for i in ids]
+        ids = [i - head * self.ids.head for i in self.table[head, :count].tolist()]
+        assert all(i % self.ids.block == 0 for i in ids)
+        return [self.pages.index(i // self.ids.block) for i in ids]
 
 
 @contextmanager
-def watch(
-    monkeypatch: Any, check: Callable[[Seen], None], every: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
-    """Calls ``check`` for the rows of every sparse call. The raw KV is gathered from what is handed to the cache, by slot, apart
-    from how the cache packs it."""
-    from ttc.attention import cpu
-
+def watch(monkeypatch: Any, check: Callable[[Seen], None], layer_class: Any) -> Iterator[None]:
+    """Calls ``check`` for the rows of every sparse call of the backend with these layers. The raw KV is gathered from what is
+    handed to the cache, by slot, apart from how the cache holds it."""
     stores: dict[str, tuple[Tensor, Tensor]] = {}
-    write, attend, forward = cpu.CpuImpl.do_kv_cache_update, cpu.CpuImpl._attend, cpu.CpuImpl.forward
-    calls: list[tuple[Any, ...]] = []
+    write, attend = layer_class.do_kv_cache_update, layer_class.attend
 
     def writing(
         self: Any, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -57,39 +56,33 @@ def watch(
             shape = (blocks * page, heads, both // 2)
             stores[layer.layer_name] = (torch.zeros(shape), torch.zeros(shape))
         for store, new in zip(stores[layer.layer_name], (key, value), strict=True):
-            store[slot_mapping.long()] = new[: len(slot_mapping)].view(-1, heads, both // 2).float()
+            store[slot_mapping.long().cpu()] = (
+                new[: len(slot_mapping)].view(-1, heads, both // 2).float().cpu()
+            )
 
-    def attending(self: Any, *args: Any) -> None:
-        calls.append(args)
-        attend(self, *args)
-
-    def forwarding(self: Any, layer: Any, query: Tensor, *args: Any, **named: Any) -> Tensor:
-        calls.clear()
-        made = forward(self, layer, query, *args, **named)
-        metadata = args[3]
-        step = metadata.ttc_step
-        if step is None or not calls or not every():
-            return made
-        _, grouped, _, _, output, _, lengths, table, _ = calls[0]
-        heads = len(step.planner.factors[layer.layer_name])
+    def attending(
+        self: Any, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor, metadata: Any, step: Any, plan: Any, table: Tensor
+    ) -> None:  # fmt: skip
+        attend(self, layer, query, kv_cache, output, metadata, step, plan, table)
         keys, values = stores[layer.layer_name]
-        page = step.planner.page
+        page, heads, ids = step.planner.page, kv_cache.shape[1], self.cache.ids
+        shape = (step.rows, heads, self.num_heads // heads, keys.shape[-1])
+        grouped, made = (t[: step.rows].reshape(shape).float().cpu() for t in (query, output))
+        kept_as = torch.bfloat16 if kv_cache.dtype == torch.bfloat16 else torch.float32
         for i, row in enumerate(step.settings):
             pages = step.tables[i, : step.pages[i]].tolist()
             slots = (torch.tensor(pages)[:, None] * page + torch.arange(page)).flatten()[: step.lengths[i]]
             own = slice(i * heads, (i + 1) * heads)
             check(
                 Seen(
-                    row.setting.method if row else None, row.setting.budget if row else 0, grouped[own].float(), keys[slots],
-                    values[slots], table[own], lengths[own], pages, page, output[own].float(), self.scale,
+                    row.setting.method if row else None, row.setting.budget if row else 0, grouped[i], keys[slots], values[slots],
+                    table[own].cpu(), plan.lengths[own].cpu(), pages, page, made[i], self.scale, ids, kept_as,
                 )
             )  # fmt: skip
-        return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.CpuImpl, "do_kv_cache_update", writing)
-        patch.setattr(cpu.CpuImpl, "_attend", attending)
-        patch.setattr(cpu.CpuImpl, "forward", forwarding)
+        patch.setattr(layer_class, "do_kv_cache_update", writing)
+        patch.setattr(layer_class, "attend", attending)
         yield
 
 
@@ -102,7 +95,7 @@ def page_values(seen: Seen, head: int) -> Tensor | None:
     for start in range(0, len(seen.pages) * seen.page, seen.page):
         keys = seen.keys[start : start + seen.page, head]
         if seen.method == "block-topk":
-            made.append((query.sum(0) * keys.mean(0).bfloat16().float()).sum())
+            made.append((query.sum(0) * keys.mean(0).to(seen.kept_as).float()).sum())
         elif seen.method == "quest":
             least, most = keys.min(0).values, keys.max(0).values
             made.append(torch.stack([torch.maximum(q * least, q * most).sum() for q in query]).max())
@@ -123,3 +116,41 @@ def masked_attention(seen: Seen) -> Tensor:
             mask[p * seen.page : (p + 1) * seen.page] = 0
         made[head] = (logits + mask).softmax(-1) @ seen.values[:, head]
     return made
+
+
+def checker(tally: Counter[str]) -> Callable[[Seen], None]:
+    """Pages and output of every row against the reference. Ties of scores within rounding may fall either way."""
+
+    def check(seen: Seen) -> None:
+        count, most = len(seen.pages), max(1, seen.budget // seen.page)
+        for head in range(len(seen.lengths)):
+            kept = seen.kept(head)
+            wanted = count if seen.method is None else min(most, count)
+            assert len(kept) == len(set(kept)) == wanted
+            assert kept == sorted(kept)
+            assert kept[-1] == count - 1
+            if wanted == count or wanted < 2:
+                continue
+            assert kept[0] == 0
+            values = page_values(seen, head)
+            if values is None:
+                assert kept == _static(str(seen.method), count, wanted)
+            else:
+                left = [p for p in range(1, count - 1) if p not in kept]
+                chosen = [float(values[p]) for p in kept[1:-1]]
+                slack = 1e-4 * float(values.abs().max())
+                assert not chosen or min(chosen) >= max(float(values[p]) for p in left) - slack
+            tally[str(seen.method)] += 1
+        scale = float(seen.values.abs().max())
+        assert float((seen.output - masked_attention(seen)).abs().max()) <= 2**-7 * scale
+
+    return check
+
+
+def _static(method: str, count: int, keep: int) -> list[int]:
+    """Pages that need no key: the sink and the latest, or the sink and powers of two behind the last, filled with the latest."""
+    if method == "streaming":
+        return [0, *range(count - keep + 1, count)]
+    order = [0, count - 1, *(count - 1 - 2**i for i in range(20) if count - 1 - 2**i > 0)]
+    order += [p for p in range(count - 2, 0, -1) if p not in order]
+    return sorted(order[:keep])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.attention.models import decode, open_engine, prompts
-from tests.attention.reference import Seen, masked_attention, page_values, watch
+from tests.attention.models import cached_tokens, decode, open_engine, prompts
+from tests.attention.reference import checker, watch
 from ttc.attention.settings import METHODS, KvSetting
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -77,63 +77,16 @@ def test_pages_written_under_a_budget_are_never_read_as_dense(sparse: Any, stock
     follow = prompt + said
     bare = stock()
     assert decode(vllm_engine, [follow]) == decode(bare, [follow])
-    assert _cached(vllm_engine, [*follow, 7], None) >= len(follow) // 32 * 32 - 32  # its own dense pages
+    assert (
+        cached_tokens(vllm_engine, [*follow, 7], None) >= len(follow) // 32 * 32 - 32
+    )  # its own dense pages
     vllm_engine.reset_prefix_cache()
     decode(vllm_engine, [prompt], setting, tokens=200)
-    assert _cached(vllm_engine, follow, None) == 0
-    assert _cached(vllm_engine, follow, setting) >= len(follow) // 32 * 32 - 32
+    assert cached_tokens(vllm_engine, follow, None) == 0
+    assert cached_tokens(vllm_engine, follow, setting) >= len(follow) // 32 * 32 - 32
     vllm_engine.reset_prefix_cache()
     decode(vllm_engine, [prompt], setting, tokens=200, salted=False)
-    assert _cached(vllm_engine, follow, None) >= len(follow) // 32 * 32 - 32
-
-
-def _cached(engine: Any, ids: list[int], setting: KvSetting | None) -> int:
-    from vllm import SamplingParams
-
-    prompt: dict[str, Any] = {"prompt_token_ids": ids}
-    if setting is not None:
-        prompt["cache_salt"] = setting.salt
-    engine.add_request("asked", prompt, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False))
-    [output] = [o for _ in range(20) for o in engine.step() if o.finished]
-    return int(output.num_cached_tokens)
-
-
-def _check(tally: Counter[str]) -> Callable[[Seen], None]:
-    """Pages and output of every row against the reference. Ties of scores within rounding may fall either way."""
-
-    def check(seen: Seen) -> None:
-        count, most = len(seen.pages), max(1, seen.budget // seen.page)
-        for head in range(len(seen.lengths)):
-            kept = seen.kept(head)
-            wanted = count if seen.method is None else min(most, count)
-            assert len(kept) == len(set(kept)) == wanted
-            assert kept == sorted(kept)
-            assert kept[-1] == count - 1
-            if wanted == count or wanted < 2:
-                continue
-            assert kept[0] == 0
-            values = page_values(seen, head)
-            if values is None:
-                assert kept == _static(str(seen.method), count, wanted)
-            else:
-                left = [p for p in range(1, count - 1) if p not in kept]
-                chosen = [float(values[p]) for p in kept[1:-1]]
-                slack = 1e-4 * float(values.abs().max())
-                assert not chosen or min(chosen) >= max(float(values[p]) for p in left) - slack
-            tally[str(seen.method)] += 1
-        scale = float(seen.values.abs().max())
-        assert float((seen.output - masked_attention(seen)).abs().max()) <= 2**-7 * scale
-
-    return check
-
-
-def _static(method: str, count: int, keep: int) -> list[int]:
-    """Pages that need no key: the sink and the latest, or the sink and powers of two behind the last, filled with the latest."""
-    if method == "streaming":
-        return [0, *range(count - keep + 1, count)]
-    order = [0, count - 1, *(count - 1 - 2**i for i in range(20) if count - 1 - 2**i > 0)]
-    order += [p for p in range(count - 2, 0, -1) if p not in order]
-    return sorted(order[:keep])
+    assert cached_tokens(vllm_engine, follow, None) >= len(follow) // 32 * 32 - 32
 
 
 @pytest.mark.parametrize("page", [32, 64])
@@ -141,10 +94,12 @@ def test_every_choice_and_output_equals_the_reference(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     """All methods and dense rows mixed, in a pool so small that pages are evicted, reused and recomputed."""
+    from ttc.attention.cpu import CpuImpl
+
     engine = open_engine(tiny, block_size=page, num_gpu_blocks_override=2400 // page)
     tally: Counter[str] = Counter()
     settings: list[KvSetting | None] = [*(KvSetting(160, method) for method in METHODS), None]
-    with watch(monkeypatch, _check(tally)):
+    with watch(monkeypatch, checker(tally), CpuImpl):
         for turn in range(3):
             decode(engine, prompts(6, seed=turn // 2), settings[turn:] + settings[:turn], tokens=70)
         for method in ("block-topk", "quest"):  # alone, growing from dense into sparse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ttc.attention import choose
+from ttc.attention.choose import Ids
 from ttc.attention.compiled import selector
 from ttc.attention.settings import METHODS, KvSetting, SparseOptions, read_setting
 from ttc.attention.worth import BY_BYTES, NONE, Overhead, by_time, store, stored, stored_path
@@ -90,6 +92,15 @@ def test_selectors_equal_a_plain_reading(kind: str, dtype: torch.dtype) -> None:
     """Random pages, exact ties (small whole numbers), every keep from 1 to all, both rules in one batch."""
     if kind == "compiled" and selector() is None:
         pytest.skip("no C++ compiler here")
+
+    def select(*args: torch.Tensor) -> None:
+        choose.select(*args, kind=kind)
+
+    plain_reading(select, dtype, Ids(2, 1))
+
+
+def plain_reading(select: Callable[..., None], dtype: torch.dtype, ids: Ids) -> None:
+    """Hold a selector against a plain reading of two KV heads; ``ids`` are those of its tables."""
     torch.manual_seed(0)
     heads, group, channels, total = 2, 3, 32, 90
     mean = torch.randint(-2, 3, (total, heads, channels)).to(dtype)
@@ -101,26 +112,17 @@ def test_selectors_equal_a_plain_reading(kind: str, dtype: torch.dtype) -> None:
         for most in (1, 2, 3, 9, 17, 40):
             keep = counts[:, None].clamp(max=most).expand(4, heads).contiguous()
             out = torch.full((4 * heads, 40), -1, dtype=torch.int32)
-            choose.select(
-                out,
-                query,
-                mean,
-                bounds,
-                tables,
-                counts,
-                keep,
-                torch.tensor(rules, dtype=torch.int32),
-                kind=kind,
-            )
+            select(out, query, mean, bounds, tables, counts, keep, torch.tensor(rules, dtype=torch.int32))
             for b, rule in enumerate(rules):
                 for h in range(heads):
                     got = [i for i in out[b * heads + h].tolist() if i >= 0]
                     if rule == 0:
                         assert got == []
                         continue
-                    ids = tables[b, : counts[b]].tolist()
-                    values = [_value(rule, query[b, h], mean[i, h], bounds[i, h]) for i in ids]
-                    assert got == [ids[p] * heads + h for p in _best(values, int(keep[b, h]))]
+                    pages = tables[b, : counts[b]].tolist()
+                    values = [_value(rule, query[b, h], mean[i, h], bounds[i, h]) for i in pages]
+                    best = _best(values, int(keep[b, h]))
+                    assert got == [pages[p] * ids.block + h * ids.head for p in best]
 
 
 def _value(rule: int, query: torch.Tensor, mean: torch.Tensor, bounds: torch.Tensor) -> float:

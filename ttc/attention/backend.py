@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,29 +25,16 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import CrossAttentionSpec, EncoderOnlyAttentionSpec
 
 from ttc.attention import choose, worth
+from ttc.attention.pages import Cache
 from ttc.attention.rows import Batch, Row, batch_of
 from ttc.attention.settings import CONFIG_KEY, KvSetting, SparseOptions
-from ttc.attention.steps import Factors, Ids, LayerPlan, Planner, Step
+from ttc.attention.steps import Factors, LayerPlan, Planner, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger("ttc.attention")
 _WARNED: set[str] = set()
-
-
-class Summaries(Protocol):
-    """One layer's keys as they lie in its cache, and the page summaries made of them."""
-
-    where: int  # data_ptr of the cache
-    ids: Ids
-    kept: dict[str, Tensor]  # mean: [N, H, D]; bounds: [N, H, 2, D] least and largest
-
-    def keys(self, kv_cache: Tensor, ids: Tensor) -> Tensor:
-        """Keys [n, H, page, D] of the pages ``ids`` [n]."""
-
-    def update(self, kind: str, kv_cache: Tensor, ids: Tensor) -> None:
-        """Summarise the pages ``ids`` afresh."""
 
 
 class SparseBuilder:
@@ -164,6 +151,8 @@ class SparseBuilder:
             return worth.BY_BYTES
         if self.options.overhead is not None:
             return worth.by_time(worth.Overhead(*self.options.overhead))
+        if self.config.parallel_config.tensor_parallel_size > 1:
+            return worth.BY_BYTES  # each rank would measure for itself, and decide by itself
         facts = self.facts()
         path = worth.stored_path(facts)
         found = worth.stored(path)
@@ -191,7 +180,7 @@ class SparseBuilder:
 class SparseForward:
     """One layer. Chooses pages and calls the stock kernel on them; all else is vLLM's own."""
 
-    cache: Summaries | None = None
+    cache: Cache | None = None
     num_heads: int
     scale: float
 
@@ -214,7 +203,7 @@ class SparseForward:
         self.attend(layer, query, kv_cache, output, attn_metadata, step, plan, table)
         return output
 
-    def summaries(self, kv_cache: Tensor) -> Summaries:
+    def summaries(self, kv_cache: Tensor) -> Cache:
         raise NotImplementedError
 
     def select(self, table: Tensor, query: Tensor, step: Step, plan: LayerPlan) -> None:
@@ -318,6 +307,11 @@ def _one_row(length: int, pages: int, device: torch.device) -> Any:
 def _settle(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _windowed(impl: Any) -> bool:

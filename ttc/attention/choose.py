@@ -2,17 +2,25 @@
 
 Shapes: b rows (sequences), H KV heads, G query heads for each, D channels, P pages of a row, W = the widest table. The first page
 and the last are always kept (``keep`` >= 2; a keep of 1 is the last page alone). A table entry is the id of one head's part of a
-page (``page * H + head`` on CPU), ascending in position.
+page, ascending in position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttc.attention.compiled import selector
+
+
+class Ids(NamedTuple):
+    """How ids count in the per-head view of a cache: page p of head h is ``p * block + h * head`` ((H, 1) on CPU)."""
+
+    block: int
+    head: int
 
 
 def static_pages(method: str, pages: int, keep: int) -> Sequence[int]:
@@ -85,11 +93,13 @@ def select(
     rules: Tensor,
     *,
     kind: str = "auto",
+    ids: Ids | None = None,
 ) -> None:
     """Fill ``out`` [b*H, W] int32 for every row whose ``rules`` [b] is not 0; the other rows stay as they are.
 
     ``query`` [b, H, G, D]; ``mean`` [N, H, D] and ``bounds`` [N, H, 2, D] over all N pages of the cache (bf16 or float32);
-    ``tables`` [b, >=P] page ids, ``counts`` [b] pages, ``keep`` [b, H] pages to keep: all int32. ``kind``: compiled, torch or auto.
+    ``tables`` [b, >=P] page ids, ``counts`` [b] pages, ``keep`` [b, H] pages to keep: all int32. ``kind``: compiled, torch or auto;
+    the compiled one knows no ``ids`` but (H, 1), which None stands for.
     """
     function = None if kind == "torch" else selector()
     if function is None and kind == "compiled":
@@ -111,19 +121,18 @@ def select(
     for b, rule in enumerate(rules.tolist()):
         if not rule:
             continue
-        ids = tables[b, : int(counts[b])].long()
+        pages = tables[b, : int(counts[b])].long()
         summaries = mean if rule == 1 else bounds
         assert summaries is not None
-        fill_scored(
-            out[b * heads : (b + 1) * heads], scores(rule, query[b], summaries[ids]), ids, keep[b].tolist()
-        )
+        own = out[b * heads : (b + 1) * heads]
+        fill_scored(own, scores(rule, query[b], summaries[pages]), pages, keep[b].tolist(), ids)
 
 
 def fill_scored(
-    out: Tensor, values: Tensor, ids: Tensor, keep: Sequence[int], steps: tuple[int, int] | None = None
+    out: Tensor, values: Tensor, pages: Tensor, keep: Sequence[int], ids: Ids | None = None
 ) -> None:
-    """Write one row's table [H, W] from page scores [H, P]. ``steps``: of an id, by page and by head ((H, 1) if None)."""
-    by_page, by_head = steps or (values.shape[0], 1)
+    """Write one row's table [H, W] from page scores [H, P] of ``pages`` [P]."""
+    by_page, by_head = (values.shape[0], 1) if ids is None else ids
     for head, k in enumerate(keep):
         chosen = best_pages(values[head], k)
-        out[head, :k] = (ids[chosen] * by_page + head * by_head).to(torch.int32)
+        out[head, :k] = (pages[chosen] * by_page + head * by_head).to(torch.int32)

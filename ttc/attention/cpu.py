@@ -17,7 +17,7 @@ from vllm.v1.attention.backends import cpu_attn as base
 from ttc.attention import choose
 from ttc.attention.backend import SparseBuilder, SparseForward
 from ttc.attention.compiled import processor
-from ttc.attention.pages import Cache, key_order
+from ttc.attention.pages import PackedCache, key_order
 from ttc.attention.steps import LayerPlan, Step
 
 
@@ -73,8 +73,8 @@ class CpuImpl(SparseForward, base.CPUAttentionBackendImpl):  # type: ignore[misc
 
     order: Tensor
 
-    def summaries(self, kv_cache: Tensor) -> Cache:
-        return Cache(kv_cache, self.order)
+    def summaries(self, kv_cache: Tensor) -> PackedCache:
+        return PackedCache(kv_cache, self.order)
 
     def select(self, table: Tensor, query: Tensor, step: Step, plan: LayerPlan) -> None:
         assert self.cache is not None

@@ -12,25 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttc.attention.choose import static_pages
+from ttc.attention.choose import Ids, static_pages
 from ttc.attention.rows import Batch, Row
 from ttc.attention.settings import KvSetting, SparseOptions
 from ttc.attention.worth import VECTORS, Overhead
 
 Factors = tuple[float, ...]
 KINDS = {"block-topk": "mean", "quest": "bounds"}
-
-
-class Ids(NamedTuple):
-    """The id of one head's part of a page in the per-head view of the cache: ``page * block + head * head_step``."""
-
-    block: int
-    head: int
 
 
 @dataclass(slots=True)
@@ -46,7 +39,8 @@ class LayerPlan:
     scored: bool
     oracle: list[int]
     starts: Tensor  # [b * H + 1]
-    backend: Any = None  # what the kernel wants beside
+    backend: Any = None  # what the kernel wants beside: the backend's own
+    narrow: Any = None  # likewise, made when a layer first needs it
 
 
 @dataclass(slots=True)

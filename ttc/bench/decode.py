@@ -1,6 +1,6 @@
 """``ttc bench decode``: what sparse decoding buys, measured on stock vLLM with the plugin.
 
-A model of Qwen3-0.6B's shape with random weights; vLLM's DecodeBenchConnector fills long contexts with random KV, so no prefill is
+A published model's shape with random weights; vLLM's DecodeBenchConnector fills long contexts with random KV, so no prefill is
 run. In each cell (context, batch) the arms take turns step by step over the same sequences and the same KV: dense, then each
 budget, again and again; whatever else the machine does hits all alike. Each cell is a process of its own. Beside the measured
 ratio of whole steps stands the one that bytes allow: (weights + KV of dense) / (weights + KV chosen + page summaries).
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,26 @@ class Cell:
     steps: int = 9
     share_layers: int = 1
     share_steps: int = 1
+    model: str = MODEL
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kv_bytes(self) -> float:
-        return ModelShape.named(MODEL).kv_bytes / 28 * self.layers * self.batch * (self.context + ROOM)
+        """Of the whole cache."""
+        return self.token_bytes * self.batch * (self.context + ROOM)
+
+    @property
+    def token_bytes(self) -> float:
+        """Of a token's KV in the cell's layers."""
+        return ModelShape.named(self.model).kv_bytes / _all_layers(self.model) * self.layers
 
 
 def plan(
     contexts: Sequence[int], batches: Sequence[int], memory_gib: float, layers: int | None, **common: Any
 ) -> list[Cell]:
     """The cells, each with as many layers as leave its KV cache inside ``memory_gib``. Raises InputError if one layer does not."""
+    model = common.get("model", MODEL)
+    most_layers = min(_all_layers(model), layers or _all_layers(model))
     cells = []
     for context in contexts:
         for batch in batches:
@@ -64,35 +74,37 @@ def plan(
                     f"memory: {memory_gib:g} GiB does not hold a layer's KV of {batch} × {context} tokens"
                     f" ({one.kv_bytes / 2**30:.1f} GiB); give more, or leave the cell out"
                 )
-            cells.append(Cell(context, batch, layers=min(28, most, layers or 28), **common))
+            cells.append(Cell(context, batch, layers=min(most, most_layers), **common))
     return cells
 
 
 def bytes_read(cell: Cell, budget: int | None) -> float:
     """Bytes that one step has to read: the weights once, and the KV (and page summaries) of every sequence."""
-    config = ModelShape.named(MODEL)
-    shape = _shape(cell.layers)
+    shape = ModelShape.from_config(_config(cell.model, cell.layers), name=cell.model)
     tokens: float = cell.context
     if budget is not None and budget < cell.context:
         vectors = METHODS[cell.method].summaries
         tokens = budget + cell.context / cell.page * vectors / 2 / cell.share_layers / cell.share_steps
-    return float(
-        shape.step_weight_bytes(cell.batch) + cell.batch * tokens * config.kv_bytes / 28 * cell.layers
-    )
+    return float(shape.step_weight_bytes(cell.batch) + cell.batch * tokens * cell.token_bytes)
 
 
-def _config(layers: int) -> dict[str, Any]:
+def _all_layers(model: str) -> int:
     from ttc.costmodel.shapes import published_config
 
-    return published_config(MODEL) | {
+    config = published_config(model)
+    if not model.startswith("Qwen3-") or "num_experts" in config:
+        raise InputError(f"model: {model!r}; the shapes measured here are those of the dense Qwen3 models")
+    return int(config["num_hidden_layers"])
+
+
+def _config(model: str, layers: int) -> dict[str, Any]:
+    from ttc.costmodel.shapes import published_config
+
+    return published_config(model) | {
         "num_hidden_layers": layers, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16",
         "max_position_embeddings": 131072, "layer_types": ["full_attention"] * layers, "max_window_layers": layers,
         "hidden_act": "silu", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "attention_bias": False,
     }  # fmt: skip
-
-
-def _shape(layers: int) -> ModelShape:
-    return ModelShape.from_config(_config(layers), name=MODEL)
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -101,30 +113,20 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     vllm = import_vllm()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_config(cell.layers)))
+        (Path(folder) / "config.json").write_text(json.dumps(_config(cell.model, cell.layers)))
+        args: dict[str, Any] = {
+            "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16", "block_size": cell.page,
+            "max_model_len": cell.context + ROOM, "max_num_seqs": cell.batch, "max_num_batched_tokens": max(2048, cell.batch),
+            "enforce_eager": True, "enable_prefix_caching": False, "async_scheduling": False,
+            "kv_cache_memory_bytes": int(cell.kv_bytes * 1.02) + 2**24,
+            "kv_transfer_config": {
+                "kv_connector": "DecodeBenchConnector", "kv_role": "kv_both",
+                "kv_connector_extra_config": {"startup_fill": True, "fill_mean": 0.0, "fill_std": 1.0},
+            },
+            "additional_config": {"ttc_sparse": {"share_layers": cell.share_layers, "share_steps": cell.share_steps}},
+        }  # fmt: skip
         engine = vllm.v1.engine.llm_engine.LLMEngine.from_engine_args(
-            vllm.EngineArgs(
-                model=folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                dtype="bfloat16",
-                block_size=cell.page,
-                max_model_len=cell.context + ROOM,
-                max_num_seqs=cell.batch,
-                max_num_batched_tokens=max(2048, cell.batch),
-                enforce_eager=True,
-                enable_prefix_caching=False,
-                async_scheduling=False,
-                kv_cache_memory_bytes=int(cell.kv_bytes * 1.02) + 2**24,
-                kv_transfer_config={
-                    "kv_connector": "DecodeBenchConnector",
-                    "kv_role": "kv_both",
-                    "kv_connector_extra_config": {"startup_fill": True, "fill_mean": 0.0, "fill_std": 1.0},
-                },
-                additional_config={
-                    "ttc_sparse": {"share_layers": cell.share_layers, "share_steps": cell.share_steps}
-                },
-            )
+            vllm.EngineArgs(**(args | dict(cell.engine_args)))
         )
     arms: list[int | None] = [None, *cell.budgets]
     turns = _Turns(engine, cell)
@@ -135,7 +137,7 @@ def measure(cell: Cell) -> dict[str, Any]:
             # a shared selection is made once in share_steps: time whole cycles
             cycle = [turns.take(arm, 1) for _ in range(cell.share_steps)]
             seconds[_name(arm)].append(sum(cycle) / len(cycle))
-    return {"cell": asdict(cell), "seconds": seconds, "skipped": turns.skipped}
+    return {"cell": asdict(cell), "seconds": seconds, "skipped": turns.skipped, "device": turns.device}
 
 
 class _Turns:
@@ -143,11 +145,13 @@ class _Turns:
 
     def __init__(self, engine: Any, cell: Cell) -> None:
         from ttc.attention import rows
+        from ttc.attention.backend import device_name
 
         self.engine, self.cell = engine, cell
         self.batch = rows.batch_of(engine.vllm_config)
         if "" not in self.batch.served.values():
             raise EngineError("bench: the sparse backend is not in force here; see 'ttc doctor'")
+        self.device = device_name(next(iter(self.batch.planners.values())).device)
         vllm = sys.modules["vllm"]
         for i in range(cell.batch):
             params = vllm.SamplingParams(temperature=0.0, max_tokens=ROOM, ignore_eos=True, detokenize=False)
@@ -157,6 +161,7 @@ class _Turns:
         while len(started) < cell.batch:
             started |= {output.request_id for output in engine.step()}
         self.skipped: dict[str, float] = {}
+        self.rows: dict[int, dict[int, Any]] = {}  # by budget: a row knows which of its pages are summarised
 
     def take(self, budget: int | None, steps: int) -> float:
         """Seconds of ``steps`` steps under a budget (None: dense), set for all rows as their requests would have set it."""
@@ -164,8 +169,10 @@ class _Turns:
 
         count = COUNTS.setdefault(-1, [0.0, 0.0])
         before = count[0]
-        setting = None if budget is None else KvSetting(budget, self.cell.method)
-        self.batch.rows = {} if setting is None else {i: Row(setting, -1) for i in range(self.cell.batch)}
+        if budget is not None and budget not in self.rows:
+            setting = KvSetting(budget, self.cell.method)
+            self.rows[budget] = {i: Row(setting, -1) for i in range(self.cell.batch)}
+        self.batch.rows = {} if budget is None else self.rows[budget]
         begun = time.perf_counter()
         for _ in range(steps):
             self.engine.step()
@@ -203,23 +210,24 @@ def row(measured: dict[str, Any]) -> dict[str, Any]:
             }
             here |= {"stays_dense": not measured["skipped"].get(name)}
         arms.append(here)
-    return asdict(cell) | {"arms": arms}
+    return asdict(cell) | {"device": measured["device"], "arms": arms}
 
 
 def main(
     *, contexts: Sequence[int], batches: Sequence[int], budgets: Sequence[int], method: str, page: int, layers: int | None,
     memory_gib: float, steps: int, share_layers: int, share_steps: int, as_json: bool,
+    model: str = MODEL, engine_args: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Measure every cell in a process of its own; print a table, or one JSON object."""
     from rich.console import Console
 
     for budget in budgets:
         KvSetting(budget, method).check_page(page)
-    if page < 32 or page % 32:
-        raise InputError(f"page: {page} tokens; pages here are multiples of 32")
+    if page < 16 or page % 16:
+        raise InputError(f"page: {page} tokens; pages are multiples of 16 (on CPU: of 32)")
     cells = plan(
         contexts, batches, memory_gib, layers, budgets=tuple(budgets), page=page, method=method, steps=steps,
-        share_layers=share_layers, share_steps=share_steps,
+        share_layers=share_layers, share_steps=share_steps, model=model, engine_args=dict(engine_args or {}),
     )  # fmt: skip
     say = Console(stderr=True, highlight=False).print
     rows = []
@@ -228,7 +236,7 @@ def main(
         best = max(arm.get("speedup", 0.0) for arm in rows[-1]["arms"])
         say(f"{cell.batch} × {cell.context:,}: {best:.1f}×")
     report = {
-        "model": MODEL,
+        "model": model,
         "rows": rows,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "processor": _processor(),
                     "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None, "load": os.getloadavg()[0]},
@@ -295,9 +303,10 @@ def _print(report: dict[str, Any]) -> None:
     stdout.print(table)
     machine = report["machine"]
     first = report["rows"][0]
-    stdout.print(
-        f"{first['method']}, pages of {first['page']}; {machine['processor']}, {machine['threads'] or 'half the cores'} thread(s)"
-    )
+    where = first["device"]
+    if where == "cpu":
+        where = f"{machine['processor']}, {machine['threads'] or 'half the cores'} thread(s)"
+    stdout.print(f"{first['method']}, pages of {first['page']}; {where}")
 
 
 if __name__ == "__main__":

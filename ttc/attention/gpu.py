@@ -1,0 +1,147 @@
+"""What the two GPU backends share. vLLM's own ``forward`` is called twice in a sparse step, with metadata of fewer rows: once on a
+view of the cache with one KV head, in which every (row, KV head) is a sequence, and once for the rows that prefill.
+
+Read against vLLM 0.32.0 and 0.26.0. The plan, the views, the metadata and the Triton kernels are tested on CPU (in Triton's
+interpreter), and tests/attention/test_gpu.py holds all of it where a GPU is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import envs
+
+from ttc.attention import choose
+from ttc.attention.backend import SparseBuilder, SparseForward, device_name
+from ttc.attention.pages import StridedCache
+from ttc.attention.steps import LayerPlan, Step
+
+
+class GpuBuilder(SparseBuilder):
+    """Adds the sparse part of a step to vLLM's metadata."""
+
+    supports_update_block_table = False  # a step holds its group's tables: each group plans its own
+
+    def unfit(self, impls: Sequence[Any]) -> str:
+        config, spec = self.config, self.spec
+        reasons = {
+            "full CUDA graphs, which fix what is read (start vLLM with cudagraph_mode PIECEWISE or NONE)": (
+                config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+            ),
+            "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes the first)": config.use_v2_model_runner,
+            "micro-batches (dual batch overlap)": config.parallel_config.use_ubatching,
+            "a prefix that sees itself both ways": config.model_config.is_mm_prefix_lm,
+            "cascade attention (vLLM 0.26; off by default)": not getattr(
+                config.model_config, "disable_cascade_attn", True
+            ),
+            "values of another size than keys": getattr(spec, "head_size_v", None)
+            not in (None, spec.head_size),
+            "FlashAttention 4's kernel for 256 channels": any(
+                getattr(impl, "fa4_hd256", False) for impl in impls
+            ),
+        }
+        return super().unfit(impls) or next((reason for reason, here in reasons.items() if here), "")
+
+    def blank_cache(self, blocks: int) -> Tensor:
+        spec, layout = self.spec, self._layout()
+        by_head = layout.index("H") < layout.index("N")
+        inner = (spec.num_kv_heads, spec.block_size) if by_head else (spec.block_size, spec.num_kv_heads)
+        made = torch.empty(blocks, *inner, 2 * spec.head_size, dtype=spec.dtype, device=self.where).normal_()
+        return made if by_head else made.transpose(1, 2)
+
+    def _layout(self) -> str:
+        """vLLM's name for the order of the cache's dimensions: heads (H) before a page's tokens (N), or after."""
+        named = getattr(self.config.cache_config, "kv_cache_layout", None)
+        return str(named or envs.VLLM_KV_CACHE_LAYOUT or "NHD")
+
+    def facts(self) -> dict[str, Any]:
+        told = {"device": device_name(self.where), "layout": self._layout()}
+        return super().facts() | told
+
+    def finish(self, plan: LayerPlan) -> dict[str, Any]:
+        """Fields of the metadata that change beside those that all GPU backends have."""
+        return {}
+
+    def rest(
+        self, metadata: Any, first: int, n: int, starts: list[int], lengths: list[int]
+    ) -> tuple[Any, int]:
+        """The metadata of the rows that prefill, and their first token."""
+        cut = metadata.query_start_loc[first : n + 1] - starts[first]
+        made = replace(
+            metadata, num_actual_tokens=starts[n] - starts[first], query_start_loc=cut, seq_lens=metadata.seq_lens[first:n],
+            block_table=metadata.block_table[first:n], slot_mapping=metadata.slot_mapping[starts[first] :],
+        )  # fmt: skip
+        return made, starts[first]
+
+
+class GpuImpl(SparseForward):
+    """One layer. ``stock`` is vLLM's class for it."""
+
+    stock: ClassVar[Any]
+    num_kv_heads: int
+
+    @cached_property
+    def of_one_head(self) -> Any:
+        """This layer, as if it had one KV head and its group of query heads."""
+        made = copy.copy(self)
+        made.num_heads, made.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        return made
+
+    def summaries(self, kv_cache: Tensor) -> StridedCache:
+        return StridedCache(kv_cache)
+
+    def select(self, table: Tensor, query: Tensor, step: Step, plan: LayerPlan) -> None:
+        assert self.cache is not None
+        kept, ids = self.cache.kept, self.cache.ids
+        args = (
+            table,
+            query,
+            kept.get("mean"),
+            kept.get("bounds"),
+            step.tables,
+            step.counts,
+            plan.keep,
+            plan.rules,
+        )
+        if step.planner.options.selector == "torch":
+            choose.select(*args, kind="torch", ids=ids)
+        else:
+            from ttc.attention import select_triton
+
+            select_triton.select(*args, ids=ids, pages=max(step.pages))
+
+    def narrow(self, metadata: Any, plan: LayerPlan) -> Any:
+        """The step's metadata for the call in which every (row, KV head) is a sequence; its table changes from layer to layer."""
+        rows = len(plan.lengths)
+        return replace(
+            metadata, num_actual_tokens=rows, max_query_len=1, query_start_loc=plan.starts, max_seq_len=plan.longest,
+            seq_lens=plan.lengths, **plan.backend,
+        )  # fmt: skip
+
+    def attend(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor, attn_metadata: Any, step: Step, plan: LayerPlan,
+        table: Tensor,
+    ) -> None:  # fmt: skip
+        assert isinstance(self.cache, StridedCache)
+        if plan.narrow is None:
+            plan.narrow = self.narrow(attn_metadata, plan)
+        plan.narrow.block_table = table
+        own = query[: step.rows].reshape(len(table), self.num_heads // self.num_kv_heads, -1)
+        into = output[: step.rows].view(own.shape)
+        self._stock(self.of_one_head, layer, own, self.cache.view, plan.narrow, into)
+        if step.rest is not None:
+            metadata, first = step.rest
+            end = first + metadata.num_actual_tokens
+            self._stock(self, layer, query[first:end], kv_cache, metadata, output[first:end])
+
+    def _stock(
+        self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, output: Tensor
+    ) -> None:
+        """vLLM's forward; what is attended to is in the cache by now, so it gets no keys and values."""
+        self.stock.forward(impl, layer, query, None, None, kv_cache, metadata, output)
