@@ -83,7 +83,8 @@ def _probed_pool(data: list[Any], path: Path, **labels: Any) -> Pool:
                 probes[s, len(row_codes) :] = row_codes[-1]
         tokens = np.array([_length(b[1], path.name, i) for b in branches])
         final = np.array([codes(b[2]) for b in branches])
-        problems.append(PooledProblem(str(row.get("id", i)), tokens, final, probes))
+        heard = np.array([len(branch[0]) for branch in branches], dtype=np.int64)
+        problems.append(PooledProblem(str(row.get("id", i)), tokens, final, probes, heard))
     model, task = _guess(path.stem)
     return _labelled(Pool(path.stem, tuple(problems), model, task, probe_every=every), labels)
 

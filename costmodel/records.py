@@ -24,13 +24,14 @@ class PooledProblem:
 
     ``tokens`` (S,) lengths; ``final`` (S,) codes of the last answers; ``probes`` (S, K) codes of the
     answers that a branch gives when made to answer after ``(k + 1) * probe_every`` tokens (K = 0: never
-    probed).
+    probed). ``heard`` (S,): how many of them were recorded, the rest of a row repeating the last (None: unknown).
     """
 
     id: str
     tokens: Floats
     final: Ints
     probes: Ints
+    heard: Ints | None = None
 
     @property
     def samples(self) -> int:

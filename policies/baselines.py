@@ -231,9 +231,10 @@ class ParallelProbe:
     def _consider(
         self, lanes: dict[int, _Lane], winner: str | None, same: int, step: int
     ) -> tuple[str | None, int, tuple[int, ...]]:
-        """The majority after a probe of all, how long it has stood, and whom to cut."""
+        """The majority after a probe of all, how long it has stood, and whom to cut. The authors' code takes its first majority at
+        the second probe."""
         now, cut = _majority(lanes), []
-        if step > self.warmup:
+        if step > self.warmup and sum(not lane.pruned for lane in lanes.values()) > 1:
             for index, lane in lanes.items():
                 if lane.running and not lane.pruned:
                     lane.strayed = lane.strayed + 1 if lane.vote != now else 0
@@ -241,7 +242,7 @@ class ParallelProbe:
                         lane.pruned = True
                         cut.append(index)
             now = _majority(lanes)
-        return now, same + 1 if step > 0 and now == winner else 0, tuple(cut)
+        return now, same + 1 if step > 1 and now == winner else 0, tuple(cut)
 
 
 def _majority(lanes: dict[int, _Lane]) -> str | None:

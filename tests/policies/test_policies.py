@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 from typer.testing import CliRunner
 
 from tests.conftest import make_problems
@@ -24,7 +23,6 @@ from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
 from ttc.policies import POLICIES, Adaptive, IterativeDeepening, Kinetics, describe, parse
-from ttc.policies.baselines import beta_confidence, dirichlet_confidence
 from ttc.policies.planned import Situation
 from ttc.policies.posterior import Prior, fit, outlook, value_table
 from ttc.simulate import load, replay, simulate
@@ -54,20 +52,6 @@ def test_policies_travel_and_are_read_back_as_described(name: str) -> None:
 def test_options_without_sense_are_refused(text: str) -> None:
     with pytest.raises(InputError):
         parse(text)
-
-
-def test_beta_confidence_is_the_beta_distribution() -> None:
-    for first, second in [(1, 0), (2, 0), (4, 0), (5, 1), (9, 4), (40, 23)]:
-        assert beta_confidence(first, second) == pytest.approx(
-            stats.beta.sf(0.5, first + 1, second + 1), abs=1e-12
-        )
-
-
-def test_dirichlet_confidence_is_the_share_of_draws() -> None:
-    rng = np.random.default_rng(0)
-    for counts in [(3, 1), (4, 2, 2), (5, 1, 1, 1), (2, 2)]:
-        draws = rng.dirichlet([c + 1 for c in counts], 200_000)
-        assert dirichlet_confidence(counts) == pytest.approx((draws.argmax(axis=1) == 0).mean(), abs=0.005)
 
 
 def test_the_prior_is_found_again() -> None:
@@ -203,36 +187,6 @@ def test_the_commands_speak_json_and_words(tmp_path: Path) -> None:
     ):
         assert key in found
     assert found["overrun"] == 0
-
-
-@needs_pools
-@pytest.mark.parametrize(
-    ("policy", "aime24", "aime25"),
-    [
-        ("self-consistency?n=64", (0.804, 910.8e3), (0.767, 1124.4e3)),
-        ("adaptive-consistency", (0.804, 226.0e3), (0.767, 406.2e3)),
-        ("early-stopping", (0.804, 459.4e3), (0.767, 793.1e3)),
-    ],
-)
-def test_published_policies_land_on_their_published_figures(
-    policy: str, aime24: tuple[float, float], aime25: tuple[float, float]
-) -> None:
-    for name, (accuracy, tokens) in (("aime24", aime24), ("aime25", aime25)):
-        found = simulate(POOLS / f"qwen3-8b_{name}.json", policy, shuffles=30)
-        assert found["accuracy"] == pytest.approx(accuracy, abs=0.012)
-        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
-
-
-@needs_pools
-def test_parallel_probe_lands_on_its_published_figures() -> None:
-    for name, accuracy, tokens, chain in (
-        ("aime24", 0.815, 730.8e3, 20.3e3),
-        ("aime25", 0.769, 846.7e3, 21.9e3),
-    ):
-        found = simulate(POOLS / f"qwen3-8b_{name}.json", "parallel-probe", shuffles=6, free_probes=True)
-        assert found["accuracy"] == pytest.approx(accuracy, abs=0.025)
-        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
-        assert found["sequential_tokens_per_problem"] == pytest.approx(chain, rel=0.05)
 
 
 @needs_pools

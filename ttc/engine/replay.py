@@ -6,7 +6,8 @@ where the recording was. Each branch has a clock of its own, one token a tick, f
 moment at which anything happens, so that policies see branches side by side as on an engine with room for all of them.
 
 The price of an anytime answer is ``PROBE_TOKENS`` each; ``free_probes`` is the published accounting of Parallel-Probe
-(arXiv 2602.03845), which leaves them out.
+(arXiv 2602.03845), which leaves them out, and in which a branch ends one probe after its last recorded one, whatever it wrote
+between (its tokens are then its own, or those up to its last probe if they are more).
 """
 
 from __future__ import annotations
@@ -57,13 +58,16 @@ RIGHT, WRONG = Verdict(True, 1.0), Verdict(False, 0.0)
 
 @dataclass(slots=True)
 class _Tape:
-    """A running branch: which recording, when it started, what its end will be, and its probing schedule (0: none)."""
+    """A running branch: which recording, when it started, when it ends and whether by itself, its tokens if it does, and its
+    probing schedule (0: none)."""
 
     request: Request
     problem: PooledProblem
     row: int
     started: int
     ends: int
+    whole: int
+    by_itself: bool
     probe_every: int = 0
     next_probe: int = 0
     probes: int = 0
@@ -101,7 +105,7 @@ class ReplayEngine:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            longest = max(self.limit, int(max(float(p.tokens.max()) for p in self.pool.problems)))
+            longest = max(self.limit, *(self._whole(p, row)[0] for p in self.pool.problems for row in range(p.samples)))
             probes = self.pool.probe_every > 0
             self._info = EngineInfo(
                 name="replay", model=self.pool.model or self.pool.name, concurrency=self.concurrency,
@@ -130,6 +134,14 @@ class ReplayEngine:
     def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
         return self._prompt
 
+    def _whole(self, problem: PooledProblem, row: int) -> tuple[int, int]:
+        """A branch's tokens and how long it lasts, in ticks."""
+        tokens, every = int(problem.tokens[row]), self.pool.probe_every
+        if not self.free_probes or problem.heard is None or every <= 0:
+            return tokens, tokens
+        heard = int(problem.heard[row])
+        return max(tokens, every * heard), every * (heard + 1)
+
     def _row(self, problem: PooledProblem, index: int) -> int | None:
         order = self._orders.get(problem.id)
         if order is None:
@@ -149,8 +161,10 @@ class ReplayEngine:
             return
         self._counts[2] += self._prompt
         self._begun.setdefault(problem.id, self.now)
-        ends = self.now + min(int(problem.tokens[row]), request.thinking_tokens)
-        self._tapes[ticket] = _Tape(request, problem, row, self.now, ends)
+        whole, lasts = self._whole(problem, row)
+        by_itself = whole <= request.thinking_tokens
+        ends = self.now + (lasts if by_itself else request.thinking_tokens)
+        self._tapes[ticket] = _Tape(request, problem, row, self.now, ends, whole, by_itself)
         heapq.heappush(self._events, (ends, 1, ticket))
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
@@ -188,7 +202,7 @@ class ReplayEngine:
         if tokens == tape.next_probe:
             tape.probes += 1
             tape.next_probe += tape.probe_every
-            report.probes.append(Probed(ticket, tokens, _text(self._anytime(tape, tokens), None)))
+            report.probes.append(Probed(ticket, tokens, _text(self._anytime(tape, tokens), self.unanswered)))
             report.progress[ticket] = Progress(tokens, None)
             heapq.heappush(self._events, (self.now + tape.probe_every, 0, ticket))
 
@@ -200,9 +214,9 @@ class ReplayEngine:
     def _end(self, ticket: int, tape: _Tape, finish: Finish | None = None) -> Completion:
         """``finish`` None: the branch ends by itself, or where its cap makes it answer."""
         del self._tapes[ticket]
-        tokens, forced, text = self.now - tape.started, 0, ""
-        whole = int(tape.problem.tokens[tape.row])
-        if finish != "abort" and tokens >= whole:
+        tokens, forced, text = min(self.now - tape.started, tape.whole), 0, ""
+        if finish != "abort" and tape.by_itself and self.now >= tape.ends:
+            tokens = tape.whole
             finish, text = "stop", _text(int(tape.problem.final[tape.row]), self.unanswered)
         elif finish != "abort":
             finish, forced = "stop", self.probe_tokens
@@ -210,7 +224,7 @@ class ReplayEngine:
         paid = tape.probes * (self.info.probe_tokens or 0)
         self._counts[1] += tokens + forced + paid
         name = tape.problem.id
-        self.chains[name] = max(self.chains.get(name, 0), self.now + forced - self._begun[name])
+        self.chains[name] = max(self.chains.get(name, 0), tape.started + tokens + forced - self._begun[name])
         return Completion(
             text, finish, self._prompt, tokens, forced, closed=forced > 0, probe_tokens=paid,
         )  # fmt: skip

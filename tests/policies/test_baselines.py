@@ -1,0 +1,135 @@
+"""The published policies do what their papers and their authors' code say, and land on the published figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ttc.costmodel.records import Pool, PooledProblem
+from ttc.policies import ParallelProbe
+from ttc.policies.baselines import beta_confidence, dirichlet_confidence
+from ttc.simulate import replay, simulate
+
+POOLS = Path(__file__).parents[3] / "shared" / "pools"
+needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="the recorded pools are not on this machine")
+
+
+def test_beta_confidence_is_the_beta_distribution() -> None:
+    for first, second in [(1, 0), (2, 0), (4, 0), (5, 1), (9, 4), (40, 23)]:
+        assert beta_confidence(first, second) == pytest.approx(
+            stats.beta.sf(0.5, first + 1, second + 1), abs=1e-12
+        )
+
+
+def test_dirichlet_confidence_is_the_share_of_draws() -> None:
+    rng = np.random.default_rng(0)
+    for counts in [(3, 1), (4, 2, 2), (5, 1, 1, 1), (2, 2)]:
+        draws = rng.dirichlet([c + 1 for c in counts], 200_000)
+        assert dirichlet_confidence(counts) == pytest.approx((draws.argmax(axis=1) == 0).mean(), abs=0.005)
+
+
+@needs_pools
+@pytest.mark.parametrize(
+    ("policy", "aime24", "aime25"),
+    [
+        ("self-consistency?n=64", (0.804, 910.8e3), (0.767, 1124.4e3)),
+        ("adaptive-consistency", (0.804, 226.0e3), (0.767, 406.2e3)),
+        ("early-stopping", (0.804, 459.4e3), (0.767, 793.1e3)),
+    ],
+)
+def test_published_policies_land_on_their_published_figures(
+    policy: str, aime24: tuple[float, float], aime25: tuple[float, float]
+) -> None:
+    for name, (accuracy, tokens) in (("aime24", aime24), ("aime25", aime25)):
+        found = simulate(POOLS / f"qwen3-8b_{name}.json", policy, shuffles=30)
+        assert found["accuracy"] == pytest.approx(accuracy, abs=0.012)
+        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
+
+
+def probed_pool(seed: int, branches: int = 9, every: int = 10) -> Pool:
+    """One problem as the published pools record it: anytime answers up to where thinking ended, which may be well before or a
+    little after the branch's last token."""
+    rng = np.random.default_rng(seed)
+    heard = rng.integers(0, 30, branches)
+    tokens = np.maximum(heard * every + rng.integers(-every, 5 * every, branches), 1).astype(float)
+    final = np.where(rng.random(branches) < 0.5, 0, rng.integers(-1, 3, branches))
+    probes = np.full((branches, 30), -1)
+    for row, count in enumerate(heard):
+        settled = rng.integers(0, count + 1)
+        probes[row, :count] = [final[row] if k >= settled else rng.integers(-1, 3) for k in range(count)]
+        probes[row, count:] = probes[row, count - 1] if count else -1
+    return Pool("probed", (PooledProblem("q", tokens, final, probes, heard),), probe_every=every)
+
+
+def by_the_paper(pool: Pool, stable: int, patience: int, warmup: int) -> tuple[bool, int, int]:
+    """Algorithm 1 of arXiv 2602.03845 with the majority over branches that were not cut, a step at a time over all branches:
+    right or wrong, tokens, the longest branch."""
+    (problem,), every = pool.problems, pool.probe_every
+    assert problem.heard is not None
+    count, at = problem.samples, 0
+    spent, says = [0] * count, [0] * count
+    ended, cut, strayed = [False] * count, [False] * count, [0] * count
+
+    def advance() -> None:
+        for i in range(count):
+            if ended[i] or cut[i]:
+                continue
+            if at < problem.heard[i]:
+                spent[i], says[i] = spent[i] + every, int(problem.probes[i, at])
+            else:
+                spent[i], says[i] = max(spent[i], int(problem.tokens[i])), int(problem.final[i])
+                ended[i] = True
+
+    def majority() -> int:
+        return Counter(says[i] for i in range(count) if not cut[i]).most_common(1)[0][0]
+
+    advance()
+    last, same = None, 0
+    while True:
+        at += 1
+        advance()
+        winner = majority()
+        if at > warmup and count - sum(cut) > 1:
+            for i in range(count):
+                if not ended[i] and not cut[i]:
+                    strayed[i] = strayed[i] + 1 if says[i] != winner else 0
+                    cut[i] = strayed[i] >= patience
+            if all(cut):
+                break
+            winner = majority()
+        same = same + 1 if winner == last else 0
+        last = winner
+        if same >= stable or all(e or c for e, c in zip(ended, cut, strict=True)):
+            break
+    return last == 0, sum(spent), max(spent)
+
+
+def test_parallel_probe_is_the_published_algorithm_to_the_token() -> None:
+    cuts = 0
+    for seed in range(150):
+        pool = probed_pool(seed)
+        stable, patience, warmup = 3 + seed % 9, 2 + seed % 3, 1 + seed % 4
+        policy = ParallelProbe(n=9, every=10, stable=stable, patience=patience, warmup=warmup)
+        found = replay(pool, policy, shuffles=1, in_order=True, free_probes=True)
+        assert (bool(found.right[0, 0]), int(found.tokens[0, 0]), int(found.chain[0, 0])) == by_the_paper(
+            pool, stable, patience, warmup
+        ), seed
+        cuts += found.stops.get("confident", 0)
+    assert 20 < cuts < 130, "both ends are reached: a stable majority, and all branches"
+
+
+@needs_pools
+def test_parallel_probe_lands_on_its_published_figures() -> None:
+    """Within three standard errors of 12 shuffles (a shuffle's own is 1.7 and 2.8 points)."""
+    for name, accuracy, noise, tokens, chain in (
+        ("aime24", 0.815, 0.017, 730.8e3, 20.3e3),
+        ("aime25", 0.769, 0.028, 846.7e3, 21.9e3),
+    ):
+        found = simulate(POOLS / f"qwen3-8b_{name}.json", "parallel-probe", shuffles=12, free_probes=True)
+        assert found["accuracy"] == pytest.approx(accuracy, abs=3 * noise / 12**0.5)
+        assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.01)
+        assert found["sequential_tokens_per_problem"] == pytest.approx(chain, rel=0.01)
