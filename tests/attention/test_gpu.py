@@ -83,7 +83,7 @@ def test_the_triton_selector_keeps_the_best_of_many_pages(rule: int, pages: int)
                 inner = torch.ones(count, dtype=torch.bool)
                 inner[got], inner[0], inner[-1] = False, False, False
                 slack = 1e-4 * float(values[head].abs().max())
-                if most > 2:
+                if 2 < most < count:
                     assert values[head][got[1:-1]].min() >= values[head][inner.cuda()].max() - slack
 
 
