@@ -7,8 +7,8 @@ thinking, and more where many branches brought no vote. Where the engine gives a
   answer that has votes). It is probed from ``after`` of the first finished branch's length on: before that even an agreeing answer
   is often a guess that many branches share. Only the first ``early`` branches count so: where more are wanted the case is close,
   and a shared guess would decide it.
-- a branch that has used ``patience`` of the room for thinking is asked once: an answer that has votes counts, any other is dropped.
-  Branches that long seldom answer rightly.
+- a branch that has used ``patience`` of the room for thinking is asked once: an answer that has votes counts, any other counts once
+  a finished branch gives it, and till then says that answers scatter. Branches that long seldom answer rightly.
 
 Where all problems share the budget, a problem's first branch is capped so that first branches, as long as the prior expects them,
 fit an even split; what the short ones leave goes where it is worth most.
@@ -41,10 +41,10 @@ class Steered(Protocol):
 @dataclass(slots=True)
 class Ballot:
     """What is known of one problem. ``streaks``: (answer, how often in a row) of each running branch; ``lengths`` tokens seen;
-    ``unheard`` anytime answers of branches that were dropped, for want of any vote."""
+    ``unheard``: the branches that were dropped late, by their anytime answers, which have no vote yet."""
 
     votes: dict[str, int] = field(default_factory=dict)
-    unheard: dict[str, int] = field(default_factory=dict)
+    unheard: dict[str, list[int]] = field(default_factory=dict)
     drawn: int = 0
     streaks: dict[int, tuple[str | None, int]] = field(default_factory=dict)
     counted: set[int] = field(default_factory=set)
@@ -58,14 +58,15 @@ class Ballot:
         self.counted.add(index)
         self.lengths[index] = max(tokens, self.lengths.get(index, 0))
         if vote is not None:
-            self.votes[vote] = self.votes.get(vote, 0) + 1
-            self.voters.add(index)
+            alike = self.unheard.pop(vote, [])
+            self.votes[vote] = self.votes.get(vote, 0) + 1 + len(alike)
+            self.voters.update(alike, (index,))
             self.first_length = self.first_length or tokens
 
     @property
     def leader(self) -> str | None:
         """The most votes; among equals the first that was heard (short branches are right more often)."""
-        votes = self.votes or self.unheard
+        votes = self.votes or {answer: len(dropped) for answer, dropped in self.unheard.items()}
         return max(votes, key=lambda answer: votes[answer]) if votes else None
 
     def top(self) -> tuple[int, int]:
@@ -221,7 +222,7 @@ class Adaptive:
             heard = voted and times >= need and ballot.drawn < self.early
             if heard or tokens >= late:
                 if vote is not None and not voted:
-                    ballot.unheard[vote] = ballot.unheard.get(vote, 0) + 1
+                    ballot.unheard.setdefault(vote, []).append(index)
                 ballot.add(index, vote if voted else None, tokens)
                 yield index
 
