@@ -193,6 +193,9 @@ def policies(
     ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Of each problem.")] = "100k tokens",
     seed: Annotated[int, typer.Option(help="Of problems and samples.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="So many seeds from --seed on, each with its own problems.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Stopping rules live on one engine: accuracy, tokens, eFLOPs, time, the replay of their own ledgers, the cost of deciding."""
@@ -205,5 +208,6 @@ def policies(
         policies=policy or POLICIES,
         budget=budget,
         seed=seed,
+        seeds=seeds,
         as_json=as_json,
     )

@@ -51,7 +51,8 @@ class PooledProblem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Branches of one model on one task, at one KV budget (None: dense)."""
+    """Branches of one model on one task, at one KV budget (None: dense). ``thinking_tokens``: the limit on thinking that they were
+    sampled under (0: unknown)."""
 
     name: str
     problems: tuple[PooledProblem, ...]
@@ -63,6 +64,7 @@ class Pool:
     lengths_estimated: bool = False
     prompt_tokens: float | None = None
     effort: float | None = None
+    thinking_tokens: int = 0
 
     @property
     def tokens(self) -> Floats:

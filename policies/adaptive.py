@@ -11,7 +11,7 @@ thinking, and more where many branches brought no vote. Where the engine gives a
   a finished branch gives it, and till then says that answers scatter. Branches that long seldom answer rightly.
 
 Where all problems share the budget, a problem's first branch is capped so that first branches, as long as the prior expects them,
-fit an even split; what the short ones leave goes where it is worth most.
+fit an even split and a little more; what the short ones leave goes where it is worth most.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from ttc.errors import InputError
 from ttc.policies.posterior import HORIZON, Prior, cap_for, outlook, value_table
 from ttc.types import Branch, Brief, Control, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
 
-RUN_FLOOR = 16
+RUN_FLOOR = 100
 """A budget for the whole run buys down to this fraction of ``price``: what it is spent on is decided between the problems."""
+ROOM = 1.15
+"""First branches may be so much longer than an even split allows: most leave some of it to those that start later."""
 
 
 class Steered(Protocol):
@@ -175,7 +177,9 @@ class Adaptive:
         every = self.probe_every if brief.probe_tokens is not None else 0
         thinking = brief.max_thinking_tokens
         if brief.budget_scope == "run" and brief.budget_unit == "tokens" and index < self.width:
-            thinking = max(int(thinking * cap_for(round(brief.budget_share / self.width / thinking, 3))), 1)
+            thinking = max(
+                int(thinking * cap_for(round(ROOM * brief.budget_share / self.width / thinking, 3))), 1
+            )
         return brief.request(
             problem, index, probe_from=start if every else 0, probe_every=every, thinking_tokens=thinking,
             control=self.control(thinking),

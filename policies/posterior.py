@@ -3,7 +3,8 @@
 Prior: the logit of the most frequent answer's share among all that the model would give is Normal(level + slope · x, spread) over
 problems, x = ln(typical branch / limit on thinking): problems over which a model thinks long scatter. x itself is learnt from the
 branches at hand (``outlook``: ln length ~ Normal(x, ``WITHIN``); a branch that was dropped late says that it is longer, and by
-repeating no vote that answers scatter: it would have said the most frequent one with ``REPEAT`` times its share). One problem in ten is as if length said nothing (``STRAY``): a model whose lengths mean something else is found out by its votes. The
+repeating no vote that answers scatter: it would have said the most frequent one with ``REPEAT`` times its share). One problem in
+ten is as if length said nothing (``STRAY``): a model whose lengths mean something else is found out by its votes. The
 other answers share the rest by stick-breaking (GEM: Sethuraman 1994) with concentration ``REST``. Three numbers are learnt from a
 pool (``fit``, maximum likelihood); given x, all that the votes say is in (votes of the leader, of the runner-up, all votes).
 
@@ -32,8 +33,8 @@ REST = 4.3
 WITHIN, COMMON, VARIED = 0.3, -1.13, 0.6
 """Spread of ln length among a problem's branches; mean and spread of x over problems, before any branch is seen."""
 REPEAT = 0.4
-"""Of branches that are dropped late, those that say the most frequent answer then, over its share among finished ones: .35 on AIME24,
-.45 on AIME25."""
+"""Of branches that are dropped late, those that say the most frequent answer then, over its share of all: .35 on AIME24, .45 on
+AIME25."""
 STRAY, STRAY_MEAN, STRAY_SPREAD = 0.1, 0.5, 2.0
 HORIZON = 24
 """Votes to which the table looks ahead; beyond it sampling stops."""

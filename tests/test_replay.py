@@ -182,7 +182,9 @@ def test_probes_are_answered_where_recorded_and_charged() -> None:
             while reply.running:
                 heard += [(p.tokens, p.vote) for p in reply.probes]
                 reply = yield Steer()
-            assert heard == [(20, "other-1"), (30, "nothing"), *[(t, "gold") for t in range(40, 100, 10)]], heard
+            assert heard == [(20, "other-1"), (30, "nothing"), *[(t, "gold") for t in range(40, 100, 10)]], (
+                heard
+            )
             return Outcome(reply.branches[0].vote, "samples")
 
     engine = ReplayEngine(pool)

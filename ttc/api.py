@@ -241,6 +241,7 @@ class Run:
             "kv_budget": settings.kv_budget,
             "kv_method": settings.kv_method,
             "max_thinking_tokens": settings.max_thinking_tokens,
+            "thinking_limit": settings.max_thinking_tokens or info.thinking_tokens or info.context,
             "intensity": settings.intensity,
             "price": dict(settings.price),
             "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},

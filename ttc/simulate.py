@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ttc.budget import Budget
 from ttc.costmodel.accuracy import bootstrap
+from ttc.costmodel.ledgers import pool_of_run
 from ttc.costmodel.pools import read
 from ttc.costmodel.records import Pool
 from ttc.costmodel.shapes import ModelShape
@@ -69,7 +70,7 @@ class Replay:
 
 def load(path: str | Path) -> Pool:
     """A pool of branches in any format that ``ttc`` reads. Raises InputError, also for a table of published curves."""
-    found = read(path)[0]
+    found = pool_of_run(Path(path), cut=True) if Path(path).is_dir() else read(path)[0]
     if not isinstance(found, Pool):
         raise InputError(
             f"pool {path}: a table of published accuracies can't be replayed; give recorded branches"
@@ -83,8 +84,9 @@ def replay(
 ) -> Replay:  # fmt: skip
     """Run ``policy`` over all problems of ``pool``, ``shuffles`` times. ``max_branches`` 0 is all.
     ``abstain``: branches without an answer don't vote. ``in_order``: branches as recorded, not shuffled. ``thinking_tokens`` is
-    the limit on thinking that the policy is told (the longest recorded branch if None)."""
+    the limit on thinking that the policy is told (if None the one that the pool was sampled under, or its longest branch)."""
     count = len(pool.problems)
+    thinking_tokens = thinking_tokens or pool.thinking_tokens or None
     place = {p.id: i for i, p in enumerate(pool.problems)}
     if len(place) != count:
         raise InputError(f"pool {pool.name}: two problems have the same id")

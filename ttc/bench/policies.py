@@ -1,7 +1,7 @@
 """``ttc bench policies``: stopping rules live on one engine, the replay of each rule's own ledger, and what deciding costs.
 
-Every rule runs alone over the same problems with the same seeds. The time inside a policy's generator is taken apart from the rest
-of the run.
+Every rule runs alone over the same problems with the same seeds, one rule after another for each seed. The time inside a policy's
+generator is taken apart from the rest of the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ttc.jobs import Policy
 from ttc.types import Brief, Outcome, Problem, Result, Routine
 
 POLICIES = (
-    "adaptive", "adaptive?price=0.02", "adaptive-consistency?n=16", "self-consistency?n=2", "self-consistency?n=4",
-    "self-consistency?n=8", "self-consistency?n=16", "best-of-n?n=4&score=self-certainty", "best-of-n?n=16&score=self-certainty",
+    "adaptive", "adaptive?price=0.02", "adaptive-consistency?n=16", "self-consistency?n=4", "self-consistency?n=8",
+    "self-consistency?n=16", "best-of-n?n=16&score=self-certainty",
 )  # fmt: skip
 CLOSE = 0.01
 """Accuracies this close count as equal when the price of equal accuracy is looked up."""
@@ -63,7 +63,6 @@ def measure(
 ) -> dict[str, Any]:
     """One rule live, and the replay of its own ledger in the order in which it drew."""
     from ttc.api import Run, Settings
-    from ttc.costmodel.accuracy import bootstrap
     from ttc.policies import parse
     from ttc.simulate import load, replay
 
@@ -74,31 +73,41 @@ def measure(
     seconds = time.perf_counter() - begun
     told = run.summary()
     right = [_right(results[p.id]) for p in problems]
-    estimate = bootstrap(_array(right))
     again: dict[str, Any] = {}
     if not timed.needs:  # a pool keeps no confidences
-        limit = engine.info.thinking_tokens or engine.info.context
-        repeat = replay(
-            load(out),
-            parse(policy),
-            shuffles=1,
-            max_branches=0,
-            in_order=True,
-            abstain=True,
-            thinking_tokens=limit,
-        )
+        repeat = replay(load(out), parse(policy), shuffles=1, max_branches=0, in_order=True, abstain=True)
+        again = {"replayed_right": repeat.right[0].tolist(), "replayed_tokens": float(repeat.tokens.sum())}
+    spent = told["spent"]
+    return {
+        "policy": policy, "right": right, "tokens": spent["tokens"], "eflops": spent["eflops"],
+        "eflops_kinetics": spent["eflops_kinetics"], "samples": told["samples"], "seconds": seconds, "deciding": timed.seconds,
+        "decisions": timed.decisions, **again,
+    }  # fmt: skip
+
+
+def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One rule's runs with several seeds as one row."""
+    from ttc.costmodel.accuracy import bootstrap
+
+    right = [r for run in runs for r in run["right"]]
+    estimate, count = bootstrap(_array(right)), len(right)
+    total = {
+        key: sum(run[key] for run in runs)
+        for key in runs[0]
+        if key not in ("policy", "right", "replayed_right")
+    }
+    again: dict[str, Any] = {}
+    if "replayed_right" in runs[0]:
         again = {
-            "replayed_accuracy": float(repeat.right.mean()),
-            "replayed_tokens": float(repeat.tokens.mean()),
+            "replayed_accuracy": float(_array([r for run in runs for r in run["replayed_right"]]).mean()),
+            "replayed_tokens": total["replayed_tokens"] / count,
         }
     return {
-        "policy": policy, "accuracy": estimate.mean, "accuracy_ci95": [estimate.low, estimate.high],
-        "tokens_per_problem": told["spent"]["tokens"] / len(problems),
-        "eflops_per_problem": told["spent"]["eflops"] / len(problems),
-        "eflops_kinetics_per_problem": told["spent"]["eflops_kinetics"] / len(problems),
-        "samples_per_problem": told["samples"] / len(problems), "seconds": seconds,
-        "deciding_share": timed.seconds / seconds, "decisions": timed.decisions, **again,
-        "right": right,
+        "policy": runs[0]["policy"], "accuracy": estimate.mean, "accuracy_ci95": [estimate.low, estimate.high],
+        "tokens_per_problem": total["tokens"] / count, "eflops_per_problem": total["eflops"] / count,
+        "eflops_kinetics_per_problem": total["eflops_kinetics"] / count, "samples_per_problem": total["samples"] / count,
+        "seconds": total["seconds"], "deciding_share": total["deciding"] / total["seconds"], "decisions": total["decisions"],
+        **again, "right": right,
     }  # fmt: skip
 
 
@@ -110,6 +119,7 @@ def main(
     policies: Sequence[str],
     budget: str,
     seed: int,
+    seeds: int,
     as_json: bool,
 ) -> None:
     from ttc.api import open_engine
@@ -118,30 +128,45 @@ def main(
 
     if problems < 2:
         raise InputError(f"problems: {problems}; give 2 or more, for an interval")
-    rows = []
+    runs: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
     with open_engine(model) as engine, tempfile.TemporaryDirectory() as folder:
         chosen = task or _first_task(model)
-        asked = from_task(chosen, problems, seed=seed)
-        measure(
-            engine, asked[:8], "self-consistency?n=2", budget=budget, seed=seed, out=Path(folder) / "warm"
-        )
-        for i, policy in enumerate(policies):
-            rows.append(measure(engine, asked, policy, budget=budget, seed=seed, out=Path(folder) / str(i)))
-            print(_line(rows[-1], rows[0]), file=sys.stderr, flush=True)
+        few = from_task(chosen, 8, seed=seed)
+        measure(engine, few, "self-consistency?n=2", budget=budget, seed=seed, out=Path(folder) / "warm")
+        for own in range(seed, seed + seeds):
+            asked = from_task(chosen, problems, seed=own)
+            for i, policy in enumerate(policies):
+                out = Path(folder) / f"{own}-{i}"
+                runs[policy].append(measure(engine, asked, policy, budget=budget, seed=own, out=out))
+                print(f"seed {own}: {_line(pooled(runs[policy][-1:]))}", file=sys.stderr, flush=True)
+    rows = [pooled(runs[policy]) for policy in policies]
     for row in rows[1:]:
         gap = bootstrap(_array(row["right"]) - _array(rows[0]["right"]))
         row["over_first"] = [gap.mean, gap.low, gap.high]
     for row in rows:
         del row["right"]
     if as_json:
-        print(json.dumps({"model": model, "task": chosen, "problems": problems, "seed": seed, "rows": rows}))
+        print(
+            json.dumps(
+                {
+                    "model": model,
+                    "task": chosen,
+                    "problems": problems,
+                    "seed": seed,
+                    "seeds": seeds,
+                    "rows": rows,
+                }
+            )
+        )
         return
-    print(f"{model} on {chosen}: {problems} problems, {budget} each, every rule alone on the engine")
+    print(
+        f"{model} on {chosen}: {problems} problems with each of {seeds} seeds, {budget} each, every rule alone on the engine"
+    )
     print(
         f"{'policy':40} accuracy (95 %)          tokens   GeFLOPs   kinetics  samples  seconds  deciding   replayed"
     )
     for row in rows:
-        print(_line(row, rows[0]))
+        print(_line(row))
     print(_equal(rows))
 
 
@@ -176,7 +201,7 @@ def _equal(rows: Sequence[dict[str, Any]]) -> str:
     return f"at the accuracy of {first['policy']} (within {CLOSE:.0%}): " + "; ".join(words)
 
 
-def _line(row: dict[str, Any], first: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     low, high = row["accuracy_ci95"]
     replayed = (
         f"{row['replayed_accuracy']:.1%} @ {row['replayed_tokens']:.0f}"
@@ -200,4 +225,4 @@ def _array(values: Sequence[float]) -> Any:
     return np.asarray(values, dtype=float)
 
 
-__all__ = ["POLICIES", "Timed", "main", "measure"]
+__all__ = ["POLICIES", "Timed", "main", "measure", "pooled"]

@@ -105,7 +105,9 @@ class ReplayEngine:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            longest = max(self.limit, *(self._whole(p, row)[0] for p in self.pool.problems for row in range(p.samples)))
+            longest = max(
+                self.limit, *(self._whole(p, row)[0] for p in self.pool.problems for row in range(p.samples))
+            )
             probes = self.pool.probe_every > 0
             self._info = EngineInfo(
                 name="replay", model=self.pool.model or self.pool.name, concurrency=self.concurrency,
