@@ -78,6 +78,8 @@ def _problem(
         answers[-1][1] if branch["completion"].get("finish") == "abort" else code(branch.get("vote"))
         for branch, answers in zip(branches, told, strict=True)
     ]
+    for row, answers in enumerate(told):  # it was still running when it was asked
+        tokens[row] = max(tokens[row], answers[-1][0] + 1.0) if answers else tokens[row]
     width = max((at for answers in told for at, _ in answers), default=0) // every if every else 0
     probes = np.full((len(branches), width), -1, dtype=np.int64)
     for row, answers in enumerate(told):

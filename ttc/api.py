@@ -155,6 +155,7 @@ class Run:
             more = f" ({len(too_long) - 1} more like it)" if len(too_long) > 1 else ""
             raise InputError(next(iter(too_long.values())) + more)
         thinking = max((job.brief.max_thinking_tokens for job in jobs), default=info.context)
+        self.thinking_limit = thinking
         if self.budget.unit == "tokens":
             thinking = min(thinking, int(self.budget.amount) - engine.room_tokens)
         _check_control(self.policy, engine, thinking)
@@ -241,7 +242,7 @@ class Run:
             "kv_budget": settings.kv_budget,
             "kv_method": settings.kv_method,
             "max_thinking_tokens": settings.max_thinking_tokens,
-            "thinking_limit": settings.max_thinking_tokens or info.thinking_tokens or info.context,
+            "thinking_limit": self.thinking_limit,
             "intensity": settings.intensity,
             "price": dict(settings.price),
             "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},

@@ -16,6 +16,7 @@ from tests.test_driver import make_driver
 from tests.test_replay import make_pool, replay_driver
 from ttc.budget import Budget
 from ttc.cli.main import app
+from ttc.costmodel.pools import read
 from ttc.costmodel.records import Pool, PooledProblem
 from ttc.costmodel.shapes import ModelShape
 from ttc.engine.fake import FakeEngine, random_writer
@@ -23,6 +24,7 @@ from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
 from ttc.policies import POLICIES, Adaptive, IterativeDeepening, Kinetics, describe, parse
+from ttc.policies.adaptive import Ballot
 from ttc.policies.planned import Situation
 from ttc.policies.posterior import Prior, fit, outlook, value_table
 from ttc.simulate import load, replay, simulate
@@ -156,6 +158,38 @@ def test_a_run_of_ours_is_a_pool_and_its_replay_agrees(tmp_path: Path) -> None:
     again = simulate(tmp_path, "self-consistency?n=8", shuffles=1)
     assert again["tokens_per_problem"] == pytest.approx(np.mean([r.charge.tokens for r in results]))
     assert again["accuracy"] == np.mean([r.verdict is not None and r.verdict.correct for r in results])
+
+
+def test_a_run_that_cuts_branches_replays_to_the_token(tmp_path: Path) -> None:
+    """Its anytime answers, its limit on thinking and the branches that it cut are in its pool; estimates leave the cut ones out."""
+    engine = ReplayEngine(make_pool(12, 40, every=10, seed=6), unanswered=None)
+    policy = parse("adaptive?probe_every=10&agree=1&patience=0.5")
+    limit = engine.info.context - engine.room_tokens
+    ledger = Ledger.open(tmp_path, {"model": "pool", "thinking_limit": limit})
+    results = list(replay_driver(engine, policy, Budget(1e6, "tokens"), ledger).run(engine.problems()))
+    ledger.close()
+    assert any(b.finish == "abort" for r in results for b in r.branches)
+    pool = load(tmp_path)
+    assert (pool.probe_every, pool.thinking_tokens) == (10, limit)
+    again = replay(pool, policy, shuffles=1, max_branches=0, in_order=True, abstain=True)
+    told = {r.problem_id: r for r in results}
+    for place, problem in enumerate(pool.problems):
+        result = told[problem.id]
+        assert again.tokens[0, place] == result.charge.tokens
+        assert again.right[0, place] == (result.verdict is not None and result.verdict.correct)
+    (finished,) = read(tmp_path)
+    assert isinstance(finished, Pool) and len(finished.tokens) < len(pool.tokens)
+
+
+def test_agreement_with_a_branch_that_was_dropped_counts_once_a_finished_one_agrees() -> None:
+    ballot = Ballot()
+    for index, answer in enumerate(("a", "b", "b")):
+        ballot.unheard.setdefault(answer, []).append(index)
+        ballot.add(index, None, 90)
+    assert (ballot.leader, ballot.top(), ballot.drawn) == ("b", (0, 0), 3)
+    ballot.add(3, "a", 40)
+    assert (ballot.leader, ballot.top(), ballot.drawn) == ("a", (2, 0), 4)
+    assert ballot.voters == {0, 3} and list(ballot.unheard) == ["b"]
 
 
 def test_the_commands_speak_json_and_words(tmp_path: Path) -> None:
