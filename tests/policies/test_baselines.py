@@ -69,7 +69,8 @@ def by_the_paper(pool: Pool, stable: int, patience: int, warmup: int) -> tuple[b
     """Algorithm 1 of arXiv 2602.03845 with the majority over branches that were not cut, a step at a time over all branches:
     right or wrong, tokens, the longest branch."""
     (problem,), every = pool.problems, pool.probe_every
-    assert problem.heard is not None
+    heard = problem.heard
+    assert heard is not None
     count, at = problem.samples, 0
     spent, says = [0] * count, [0] * count
     ended, cut, strayed = [False] * count, [False] * count, [0] * count
@@ -78,7 +79,7 @@ def by_the_paper(pool: Pool, stable: int, patience: int, warmup: int) -> tuple[b
         for i in range(count):
             if ended[i] or cut[i]:
                 continue
-            if at < problem.heard[i]:
+            if at < heard[i]:
                 spent[i], says[i] = spent[i] + every, int(problem.probes[i, at])
             else:
                 spent[i], says[i] = max(spent[i], int(problem.tokens[i])), int(problem.final[i])
