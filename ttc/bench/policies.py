@@ -1,7 +1,8 @@
 """``ttc bench policies``: stopping rules live on one engine, the replay of each rule's own ledger, and what deciding costs.
 
 Every rule runs alone over the same problems with the same seeds, one rule after another for each seed. The time inside a policy's
-generator is taken apart from the rest of the run.
+generator is taken apart from the rest of the run. Times are the wall's and, since the engine runs in this process, its CPU time: on
+a machine with other work that is the one to compare.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ class Timed:
     def run(self, problem: Problem, brief: Brief) -> Routine:
         routine, reply = self.policy.run(problem, brief), None
         while True:
-            begun = time.perf_counter()
+            begun = time.thread_time()
             try:
                 work = next(routine) if reply is None else routine.send(reply)
             except StopIteration as end:
                 outcome: Outcome = end.value
                 return outcome
             finally:
-                self.seconds += time.perf_counter() - begun
+                self.seconds += time.thread_time() - begun
                 self.decisions += 1
             reply = yield work
 
@@ -68,9 +69,9 @@ def measure(
 
     timed = Timed(parse(policy))
     run = Run(problems, engine, Settings(policy=timed, budget=budget, seed=seed), out=out)
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     results = {r.problem_id: r for r in run.results()}
-    seconds = time.perf_counter() - begun
+    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     told = run.summary()
     right = [_right(results[p.id]) for p in problems]
     again: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def measure(
     spent = told["spent"]
     return {
         "policy": policy, "right": right, "tokens": spent["tokens"], "eflops": spent["eflops"],
-        "eflops_kinetics": spent["eflops_kinetics"], "samples": told["samples"], "seconds": seconds, "deciding": timed.seconds,
+        "eflops_kinetics": spent["eflops_kinetics"], "samples": told["samples"], "seconds": seconds, "cpu_seconds": busy, "deciding": timed.seconds,
         "decisions": timed.decisions, **again,
     }  # fmt: skip
 
@@ -106,7 +107,8 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "policy": runs[0]["policy"], "accuracy": estimate.mean, "accuracy_ci95": [estimate.low, estimate.high],
         "tokens_per_problem": total["tokens"] / count, "eflops_per_problem": total["eflops"] / count,
         "eflops_kinetics_per_problem": total["eflops_kinetics"] / count, "samples_per_problem": total["samples"] / count,
-        "seconds": total["seconds"], "deciding_share": total["deciding"] / total["seconds"], "decisions": total["decisions"],
+        "seconds": total["seconds"], "cpu_seconds": total["cpu_seconds"],
+        "deciding_share": total["deciding"] / total["cpu_seconds"], "decisions": total["decisions"],
         **again, "right": right,
     }  # fmt: skip
 
@@ -163,7 +165,7 @@ def main(
         f"{model} on {chosen}: {problems} problems with each of {seeds} seeds, {budget} each, every rule alone on the engine"
     )
     print(
-        f"{'policy':40} accuracy (95 %)          tokens   GeFLOPs   kinetics  samples  seconds  deciding   replayed"
+        f"{'policy':40} accuracy (95 %)          tokens   GeFLOPs   kinetics  samples  seconds      CPU  deciding   replayed"
     )
     for row in rows:
         print(_line(row))
@@ -194,9 +196,11 @@ def _equal(rows: Sequence[dict[str, Any]]) -> str:
             words.append(f"{rule} does not reach it")
             continue
         least = min(good, key=lambda r: float(r["tokens_per_problem"]))
-        ratios = [least[key] / first[key] for key in ("tokens_per_problem", "eflops_per_problem", "seconds")]
+        ratios = [
+            least[key] / first[key] for key in ("tokens_per_problem", "eflops_per_problem", "cpu_seconds")
+        ]
         words.append(
-            f"{least['policy']} takes {ratios[0]:.2f}x the tokens, {ratios[1]:.2f}x the eFLOPs, {ratios[2]:.2f}x the time"
+            f"{least['policy']} takes {ratios[0]:.2f}x the tokens, {ratios[1]:.2f}x the eFLOPs, {ratios[2]:.2f}x the CPU time"
         )
     return f"at the accuracy of {first['policy']} (within {CLOSE:.0%}): " + "; ".join(words)
 
@@ -211,7 +215,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['policy']:40} {row['accuracy']:6.1%} ({low:.1%} to {high:.1%}) {row['tokens_per_problem']:8.0f} "
         f"{row['eflops_per_problem'] / 1e9:9.2f} {row['eflops_kinetics_per_problem'] / 1e9:10.3f} "
-        f"{row['samples_per_problem']:8.2f} {row['seconds']:8.1f} {row['deciding_share']:9.2%}   {replayed}"
+        f"{row['samples_per_problem']:8.2f} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} {row['deciding_share']:9.2%}   {replayed}"
     )
 
 
