@@ -1,9 +1,10 @@
 """No tuning on the test: ``python -m ttc.simulate fit POOL POOL`` fits ``adaptive`` on each pool and reports it on the other.
 
 Fitted on the training pool: the prior's three numbers (maximum likelihood) and the price (the highest whose accuracy there is
-within half a point of the best price's). Everything else is the shipped default. Beside it: the shipped defaults, the published
-baselines, the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw, which
-price is best.
+within half a point of the best price's). Everything else is the shipped default. The same is done with a fifth of all pools'
+problems held out at a time: what is fitted on the other four fifths is reported on it. Beside it: the shipped defaults, the
+published baselines, the frontier over prices, and the frontier of an oracle that knows for each problem, though not for each draw,
+which price is best.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from ttc.policies.posterior import fit
 from ttc.simulate import Replay, load, replay
 from ttc.sweep import budgets, draw
 
-PRICES = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15)
-WIDTHS = (1, 2, 4, 6, 8, 12)
+PRICES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.1, 0.15)
+WIDTHS = (1, 2, 4, 8)
+FOLDS = 5
 BASELINES = (
     "self-consistency?n=64", "adaptive-consistency", "adaptive-consistency?rule=dirichlet", "early-stopping", "parallel-probe",
 )  # fmt: skip
@@ -67,20 +69,64 @@ def row(pool: str, name: str, run: Replay, reference: Replay) -> Row:
     )  # fmt: skip
 
 
-def fitted(train: Pool, shuffles: int) -> Adaptive:
+def fitted(train: Sequence[Pool], shuffles: int) -> Adaptive:
     """``adaptive`` with prior and price learnt on ``train``: the highest price within ``SLACK`` of the best price's accuracy."""
-    limit = max(float(p.tokens.max()) for p in train.problems)
+    problems = [(p, _limit(pool)) for pool in train for p in pool.problems]
     level, slope, spread = fit(
-        [p.final.tolist() for p in train.problems], [float(p.tokens.mean()) / limit for p in train.problems]
+        [p.final.tolist() for p, _ in problems], [float(p.tokens.mean()) / limit for p, limit in problems]
     )
     policy = changed(Adaptive(), level=round(level, 2), slope=round(slope, 2), spread=round(spread, 2))
     reached = {
-        p: replay(train, changed(policy, price=p), shuffles=shuffles, seed=10_000).right.mean()
-        for p in PRICES
+        price: sum(
+            float(
+                replay(pool, changed(policy, price=price), shuffles=shuffles, seed=10_000)
+                .right.mean(axis=0)
+                .sum()
+            )
+            for pool in train
+        )
+        / len(problems)
+        for price in PRICES
     }
     return changed(
         policy, price=max(p for p, accuracy in reached.items() if accuracy >= max(reached.values()) - SLACK)
     )
+
+
+def _limit(pool: Pool) -> int:
+    return pool.thinking_tokens or max(int(p.tokens.max()) for p in pool.problems)
+
+
+def folds(pools: Sequence[Pool], *, shuffles: int, count: int = FOLDS) -> list[tuple[str, str, Replay]]:
+    """For each pool (its name, the prices that the folds chose, the replay put together from held-out problems): every problem is
+    replayed with what was fitted on the problems of other folds, of all pools. Problems are dealt to folds in seeded order."""
+    limited = [changed(pool, thinking_tokens=_limit(pool)) for pool in pools]
+    places = [(i, j) for i, pool in enumerate(pools) for j in range(len(pool.problems))]
+    np.random.default_rng(0).shuffle(places)
+    arrays = [np.zeros((5, shuffles, len(pool.problems))) for pool in pools]
+    prices = []
+    for fold in range(count):
+        held = {(int(i), int(j)) for i, j in places[fold::count]}
+        learnt = fitted([part for part in _without(limited, held) if part.problems], max(shuffles // 3, 1))
+        prices.append(learnt.price)
+        everything = {(i, j) for i, pool in enumerate(pools) for j in range(len(pool.problems))}
+        for i, part in enumerate(_without(limited, everything - held)):
+            if part.problems:
+                run = replay(part, learnt, shuffles=shuffles)
+                own = sorted(j for k, j in held if k == i)
+                arrays[i][:, :, own] = [run.right, run.tokens, run.chain, run.probes, run.samples]
+    label = ", ".join(f"{price:g}" for price in prices)
+    return [
+        (pool.name, label, Replay(*array, stops={}, overrun=0.0, errors={}, answered=0))
+        for pool, array in zip(pools, arrays, strict=True)
+    ]
+
+
+def _without(pools: Sequence[Pool], held: set[tuple[int, int]]) -> list[Pool]:
+    return [
+        changed(pool, problems=tuple(p for j, p in enumerate(pool.problems) if (i, j) not in held))
+        for i, pool in enumerate(pools)
+    ]
 
 
 class Point(NamedTuple):
@@ -108,7 +154,7 @@ def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) ->
     frontiers: dict[str, dict[str, list[Point]]] = {}
     references = [replay(pool, parse(BASELINES[0]), shuffles=shuffles) for pool in pools]
     for i, (pool, reference) in enumerate(zip(pools, references, strict=True)):
-        start, name = len(rows), pool.name
+        name = pool.name
 
         def add(label: str, run: Replay, name: str = name, reference: Replay = reference) -> Replay:
             rows.append(row(name, label, run, reference))
@@ -118,10 +164,12 @@ def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) ->
         add(BASELINES[0], reference)
         for baseline in BASELINES[1:]:
             add(baseline, replay(pool, parse(baseline), shuffles=shuffles))
+        published = replay(pool, parse("parallel-probe"), shuffles=shuffles, free_probes=True)
+        add("parallel-probe (published accounting)", published)
         for text_of in OURS:
             add(text_of, replay(pool, parse(text_of), shuffles=shuffles))
         other = pools[i - 1]
-        learnt = fitted(other, shuffles)
+        learnt = fitted([other], shuffles)
         add(f"{_short(learnt)} (fitted on {other.name})", replay(pool, learnt, shuffles=shuffles))
         runs = [replay(pool, Adaptive(price=price), shuffles=shuffles) for price in PRICES]
         wide = [replay(pool, Adaptive(width=width), shuffles=shuffles) for width in WIDTHS]
@@ -141,7 +189,9 @@ def crossfit(paths: Sequence[Path], *, shuffles: int = 100, say: Any = print) ->
                     for p in points[:: max(1, len(points) // 14)]
                 )
             )
-        assert len(rows) > start
+    for (name, prices, run), reference in zip(folds(pools, shuffles=shuffles), references, strict=True):
+        rows.append(row(name, f"adaptive, fitted on other fifths (price {prices})", run, reference))
+        say(text(rows[-1]))
     return {
         "shuffles": shuffles,
         "rows": [r._asdict() for r in rows],
@@ -216,4 +266,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (given.out / "crossfit.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-__all__ = ["Point", "Row", "crossfit", "fitted", "main", "oracle"]
+__all__ = ["Point", "Row", "crossfit", "fitted", "folds", "main", "oracle"]

@@ -81,7 +81,8 @@ def measure(
     spent = told["spent"]
     return {
         "policy": policy, "right": right, "tokens": spent["tokens"], "eflops": spent["eflops"],
-        "eflops_kinetics": spent["eflops_kinetics"], "samples": told["samples"], "seconds": seconds, "cpu_seconds": busy, "deciding": timed.seconds,
+        "eflops_kinetics": spent["eflops_kinetics"], "samples": told["samples"], "seconds": seconds,
+        "cpu_seconds": busy, "deciding": timed.seconds,
         "decisions": timed.decisions, **again,
     }  # fmt: skip
 
@@ -215,7 +216,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['policy']:40} {row['accuracy']:6.1%} ({low:.1%} to {high:.1%}) {row['tokens_per_problem']:8.0f} "
         f"{row['eflops_per_problem'] / 1e9:9.2f} {row['eflops_kinetics_per_problem'] / 1e9:10.3f} "
-        f"{row['samples_per_problem']:8.2f} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} {row['deciding_share']:9.2%}   {replayed}"
+        f"{row['samples_per_problem']:8.2f} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} "
+        f"{row['deciding_share']:9.2%}   {replayed}"
     )
 
 
