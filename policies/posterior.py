@@ -44,6 +44,7 @@ _X = np.linspace(-4.5, 0.5, 101)
 _LOGIT = np.linspace(-12.0, 12.0, 241)
 _NORMAL = np.random.default_rng(1).standard_normal(4000)
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 class Prior(NamedTuple):
@@ -54,32 +55,40 @@ class Prior(NamedTuple):
     spread: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ValueTable:
-    """``prices[n][v1][v2]`` and ``modes[n][v1][v2]``: see the module."""
+    """``prices[n, v1, v2]`` and ``modes[n, v1, v2]``: see the module."""
 
-    prices: tuple[tuple[tuple[float, ...], ...], ...]
-    modes: tuple[tuple[tuple[float, ...], ...], ...]
+    prices: Floats
+    modes: Floats
 
     def price(self, first: int, second: int, drawn: int) -> float:
         """The highest price in P(right) at which another vote is worth buying."""
-        return 0.0 if drawn >= len(self.prices) else self.prices[drawn][first][second]
+        return 0.0 if drawn >= len(self.prices) else float(self.prices[drawn, first, second])
 
     def sure(self, first: int, second: int, drawn: int) -> float:
         """P(the leader is the problem's most frequent answer)."""
         drawn = min(drawn, len(self.modes) - 1)
-        return self.modes[drawn][min(first, drawn)][min(second, drawn)]
+        return float(self.modes[drawn, min(first, drawn), min(second, drawn)])
 
 
 class _Draws(NamedTuple):
-    """Simulated problems, evenly spread in the logit of their first share: ``logit`` and ``top`` share (problems,); after n votes
-    ``state`` [n] the row of (v1, v2) in ``keys`` [n], ``hit`` [n] whether the leader is the mode."""
+    """Simulated problems, evenly spread in the logit of their first share: ``logit`` and ``top`` share (problems,). The states
+    (n, v1, v2) that they came through are numbered in rising n: ``keys`` v1 and v2 as one number, ``first[n]`` the first of n votes,
+    ``state`` (n, problems), ``hit`` (n, problems) whether the leader was the mode, ``often`` whether enough came through. A move is
+    a pair of states that follow each other: ``moves`` (n, problems), from ``source`` to ``target``, those from n at ``begin[n]``."""
 
     logit: Floats
     top: Floats
-    state: list[NDArray[np.int64]]
-    keys: list[NDArray[np.int64]]
-    hit: list[NDArray[np.bool_]]
+    keys: Ints
+    first: list[int]
+    state: Ints
+    hit: NDArray[np.bool_]
+    often: NDArray[np.bool_]
+    moves: Ints
+    source: Ints
+    target: Ints
+    begin: list[int]
 
 
 @lru_cache(maxsize=1)
@@ -94,23 +103,34 @@ def _draws() -> _Draws:
     ends, rows, mode = np.cumsum(shares, axis=1), np.arange(_PROBLEMS), shares.argmax(axis=1)
     counts = np.zeros((_PROBLEMS, _ANSWERS + 1), dtype=np.int64)
     since = np.full((_PROBLEMS, _ANSWERS + 1), 999)
-    state, keys, hit = [np.zeros(_PROBLEMS, np.int64)], [np.zeros(1, np.int64)], [np.zeros(_PROBLEMS, bool)]
+    most, next_most, leader = (np.zeros(_PROBLEMS, np.int64) for _ in range(3))
+    keys, hit = [np.zeros(_PROBLEMS, np.int64)], [np.zeros(_PROBLEMS, bool)]
     for drawn in range(HORIZON):
         answer = np.minimum((rng.random(_PROBLEMS)[:, None] > ends).sum(axis=1), _ANSWERS)
         counts[rows, answer] += 1
         since[rows, answer] = np.minimum(since[rows, answer], drawn)
-        ranked = np.partition(counts, -2, axis=1)
-        key, row = np.unique(ranked[:, -1] * (HORIZON + 1) + ranked[:, -2], return_inverse=True)
-        state.append(row)
-        keys.append(key)
-        hit.append((counts * 1000 - since).argmax(axis=1) == mode)
-    return _Draws(logit, shares.max(axis=1), state, keys, hit)
+        now, other = counts[rows, answer], answer != leader
+        ahead = (now > most) | ((now == most) & other & (since[rows, answer] < since[rows, leader]))
+        next_most = np.where(other, np.where(ahead, most, np.maximum(next_most, now)), next_most)
+        leader, most = np.where(ahead, answer, leader), np.maximum(most, now)
+        keys.append(most * (HORIZON + 1) + next_most)
+        hit.append(leader == mode)
+    size = (HORIZON + 1) ** 2
+    every, state = np.unique(np.stack(keys) + size * np.arange(HORIZON + 1)[:, None], return_inverse=True)
+    state = state.reshape(HORIZON + 1, _PROBLEMS)
+    pairs, moves = np.unique(state[:-1] * len(every) + state[1:], return_inverse=True)
+    source, target = np.divmod(pairs, len(every))
+    starts = np.searchsorted(every, size * np.arange(HORIZON + 2))
+    return _Draws(
+        logit, shares.max(axis=1), every % size, starts.tolist(), state, np.stack(hit),
+        np.bincount(state.ravel()) >= _SEEN, moves.ravel(), source, target, np.searchsorted(source, starts).tolist(),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def value_table(mean: float, spread: float) -> ValueTable:
     """The table where the logit of the first share is Normal(mean, spread), but for one problem in ten. Seeded: the same numbers
-    everywhere; a few milliseconds, after a second for the first one."""
+    everywhere; a few milliseconds, after a fifth of a second for the first one."""
     draws = _draws()
 
     def normal(mu: float, sd: float) -> Floats:
@@ -118,28 +138,25 @@ def value_table(mean: float, spread: float) -> ValueTable:
 
     weight = (1 - STRAY) * normal(min(mean, 7.0), spread) + STRAY * normal(STRAY_MEAN, STRAY_SPREAD)
     worth = weight / (1 + np.exp(-(draws.top - HALF) / WIDTH))
-    size = HORIZON + 1
-    seen, stop, modes = [], [], np.zeros((size, size * size))
-    for n in range(size):
-        state, count = draws.state[n], len(draws.keys[n])
-        total = np.maximum(np.bincount(state, weight, count), 1e-300)
-        seen.append(total)
-        stop.append(np.bincount(state, worth * draws.hit[n], count) / total)
-        modes[n, draws.keys[n]] = np.bincount(state, weight * draws.hit[n], count) / total
-    prices = np.zeros((HORIZON, size * size))
-    value = np.repeat(stop[HORIZON][None], len(_PRICES), axis=0)
-    for n in range(HORIZON - 1, -1, -1):
-        here, there = len(draws.keys[n]), len(draws.keys[n + 1])
-        pairs = draws.state[n] * there + draws.state[n + 1]
-        moves = np.bincount(pairs, weight, here * there).reshape(here, there) / seen[n][:, None]
-        on = value @ moves.T - _PRICES[:, None]
-        go = (on > stop[n]) & (np.bincount(draws.state[n], minlength=here) >= _SEEN)
-        prices[n, draws.keys[n]] = np.where(go, _PRICES[:, None], 0.0).max(axis=0)
-        value = np.where(go, on, stop[n])
-    return ValueTable(
-        tuple(tuple(tuple(row) for row in table.reshape(size, size).tolist()) for table in prices),
-        tuple(tuple(tuple(row) for row in table.reshape(size, size).tolist()) for table in modes),
+    state, size = draws.state.ravel(), HORIZON + 1
+    seen = np.maximum(np.bincount(state, np.tile(weight, size)), 1e-300)
+    stop = np.bincount(state, (worth * draws.hit).ravel()) / seen
+    chance = np.bincount(draws.moves, np.tile(weight, HORIZON)) / seen[draws.source]
+    modes, prices = np.zeros((size, size * size)), np.zeros((HORIZON, size * size))
+    modes[np.repeat(np.arange(size), np.diff(draws.first)), draws.keys] = (
+        np.bincount(state, (weight * draws.hit).ravel()) / seen
     )
+    value = np.repeat(stop[draws.first[HORIZON] :][None], len(_PRICES), axis=0)
+    for n in range(HORIZON - 1, -1, -1):
+        here, there, end = draws.first[n : n + 3]
+        own = slice(draws.begin[n], draws.begin[n + 1])
+        moves = np.zeros((there - here, end - there))
+        moves[draws.source[own] - here, draws.target[own] - there] = chance[own]
+        on = value @ moves.T - _PRICES[:, None]
+        go = (on > stop[here:there]) & draws.often[here:there]
+        prices[n, draws.keys[here:there]] = np.where(go, _PRICES[:, None], 0.0).max(axis=0)
+        value = np.where(go, on, stop[here:there])
+    return ValueTable(prices.reshape(HORIZON, size, size), modes.reshape(size, size, size))
 
 
 @lru_cache(maxsize=65536)
@@ -162,7 +179,7 @@ def outlook(prior: Prior, lengths: tuple[float, ...], late: int, late_at: float)
         told /= told.sum()
         mean = float(told @ _LOGIT)
         spread = sqrt(float(told @ (_LOGIT - mean) ** 2))
-    return round(4 * mean) / 4, round(8 * spread) / 8
+    return round(2 * mean) / 2, round(4 * spread) / 4
 
 
 @lru_cache(maxsize=1024)
