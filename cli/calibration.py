@@ -139,7 +139,7 @@ def calibrate(
     kinds: tuple[Statistic, ...] = get_args(Statistic)
     both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}
     profile = next(p for kind, p in both.items() if kind == statistic)
-    profile = replace(profile, model=shape.name + RANDOM if random_weights else shape.name)
+    profile = replace(profile, model=shape.name + RANDOM if random_weights else running.info.model)
     if out is not None:
         profile.save(out)
     compared = _compare_counters(shape, counted)

@@ -9,11 +9,16 @@ for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluat
 .venv/bin/python -m ttc.rl.family --speed
 .venv/bin/python -m ttc.rl.figures
 $ttc bench overhead --http
+$ttc bench cost
 pools=${POOLS:-../shared/pools}
 if [ -d "$pools" ]; then
   .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 100 --out runs/policies
   .venv/bin/python -m ttc.simulate budgets "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --out runs/policies
   cp runs/policies/policies.png docs/policies.png
+  for task in aime24 aime25; do
+    $ttc frontier "$pools/accuracy_vs_tokens.json" "$pools/accuracy_vs_kv_budget.json" "$pools/qwen3-8b_$task.json" \
+      --task $task --allocate 1e16 --allocate 1e17 --plot runs/frontier_$task.png
+  done
   $ttc plan --budget "40 TeFLOPs" -m Qwen3-4B -m Qwen3-8B -m Qwen3-14B --task aime24 --data "$pools/accuracy_vs_tokens.json" \
     --data "$pools/accuracy_vs_kv_budget.json" --data "$pools/qwen3-8b_aime24.json"
 else
