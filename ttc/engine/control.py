@@ -32,6 +32,7 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from ttc.engine.course import FAR, Course
+from ttc.engine.draws import Draws
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -44,7 +45,8 @@ EXTRA_ARGS_KEY = "ttc"
 class Control(Course):
     """One running branch as its processor sees it; ``scored`` counts the tokens in the sums. ``signals``: accumulate mean
     log-probability and self-certainty;
-    ``key``: registry key, in process only; ``step``: ids that end a step, and so are no end of the text."""
+    ``key``: registry key, in process only; ``step``: ids that end a step, and so are no end of the text; ``drawn``: its tokens are
+    sampled here (``ttc.engine.draws``, in process only), and vLLM takes the request for a greedy one."""
 
     MORE: ClassVar[tuple[str, ...]] = ("signals", "key", "step")
 
@@ -57,6 +59,7 @@ class Control(Course):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    drawn: bool = False
     log_prob: float = 0.0
     self_certainty: float = 0.0
     scored: int = 0
@@ -168,6 +171,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.thinking: list[Control] = []
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.ends: tuple[int, list[_Group]] | None = None  # for a batch of so many rows
+        self.drawn: list[Control] = []
+        self.draws: Draws | None = None  # of the batch as it is
         self.ties = 0
 
     def is_argmax_invariant(self) -> bool:
@@ -177,7 +182,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         self.clock += 1
         if batch_update is not None:
-            self.ends = None
+            self.ends = self.draws = None
             for index in batch_update.removed:
                 self._drop(self.rows.pop(index, None))
             for index, params, _, output in batch_update.added:
@@ -211,8 +216,11 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 _HEARD[key] = control
                 say(key, word)
         control.ends = tuple(sorted(params.all_stop_token_ids.difference(control.step)))
-        control.temperature, control.top_p = params.temperature, params.top_p
-        control.top_k = max(params.top_k, 0)
+        if control.drawn:
+            self.drawn.append(control)
+        else:
+            control.temperature, control.top_p = params.temperature, params.top_p
+            control.top_k = max(params.top_k, 0)
         control.open = not control.thought_closed()
         if control.open:
             self.thinking.append(control)
@@ -236,7 +244,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         control.row = -1
         if control.key is not None and _ROWS.get(control.key) is control:
             del _ROWS[control.key]
-        for members in (self.forcing, self.measured, self.thinking, self.watched):
+        for members in (self.forcing, self.measured, self.thinking, self.watched, self.drawn):
             if control in members:
                 members.remove(control)
 
@@ -277,6 +285,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             self._keep_from_ending(logits)
         if self.forcing:
             self._force(logits)
+        if self.drawn:
+            if self.draws is None:
+                self.draws = Draws.of(self.drawn, *logits.shape)
+            self.draws.apply(logits)
         return logits
 
     def _keep_from_ending(self, logits: torch.Tensor) -> None:

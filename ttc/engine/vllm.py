@@ -72,6 +72,7 @@ class VLLMEngine:
         self._in_process = isinstance(
             self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
         ) and (self._llm.vllm_config.parallel_config.world_size == 1)
+        self._draws = self._in_process and self._can_draw()
         kinds = self._vllm.sampling_params.RequestOutputKind
         self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
         self._close_ids = self._ids(self.files.format.close_text)
@@ -109,6 +110,12 @@ class VLLMEngine:
         self._spans: dict[str, list[int]] = {}
         self._forks = Forks(self._running, self._fork, self._drop, self._text, page, self._in_process)
         self._words = Words(self._running, self._llm.collective_rpc, self.room_tokens)
+
+    @staticmethod
+    def _can_draw() -> bool:
+        from ttc.engine import draws
+
+        return draws.available()
 
     def _why_dense(self) -> str:
         """Why this engine can't decode sparsely ("" : it can). Worker processes can't be asked: there it is taken to."""
@@ -168,6 +175,10 @@ class VLLMEngine:
             signals=bool(request.signals),
             key=next(_KEYS),
             seed=request.seed,
+            drawn=self._draws and request.sampling.temperature > 0,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            top_k=max(request.sampling.top_k, 0),
             opened=not _contains(prefix, self._end_ids),
             **self._steering(request.control),
         )
@@ -289,7 +300,8 @@ class VLLMEngine:
         most = request.thinking_tokens + self.room_tokens
         pauses = 0 < request.step_tokens < request.thinking_tokens
         most = request.step_tokens if pauses else most
-        return self._sampling_params(request.sampling, request.seed, most, extra)
+        sampling = Sampling(0.0) if self._draws else request.sampling  # greedy takes what was drawn
+        return self._sampling_params(sampling, request.seed, most, extra)
 
     def _sampling_params(self, sampling: Sampling, seed: int, most: int, extra: dict[str, Any]) -> Any:
         return self._vllm.SamplingParams(
