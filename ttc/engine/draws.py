@@ -28,10 +28,19 @@ _MASK = (1 << 64) - 1
 
 
 def available() -> bool:
-    """True if this vLLM has the kernel: its CPU build. Elsewhere requests carry their seeds and vLLM draws."""
+    """True if this vLLM has the kernel, and it does what we take it to do: its CPU build. Elsewhere requests carry their seeds and
+    vLLM draws."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu()) and hasattr(torch.ops._C, "fused_gumbel_argmax")
+    if not current_platform.is_cpu():
+        return False
+    current_platform.import_kernels()
+    sure = torch.tensor([[-torch.inf, 0.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
+    try:
+        drawn = torch.ops._C.fused_gumbel_argmax(sure, torch.tensor([1, 1 << 62]))
+    except (AttributeError, RuntimeError):  # not there, or of another form
+        return False
+    return bool(drawn.tolist() == [1, 2])
 
 
 @dataclass(frozen=True, slots=True)
