@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ttc import hf_tasks, problems
 from ttc.errors import InputError
 from ttc.problems import Loaded, from_jsonl, from_task, from_text, load, problem_from_json, problem_to_json
 from ttc.rg_tasks import parse_spec
-from ttc.sandbox import Sandbox
+from ttc.sandbox import Sandbox, leave, take
 from ttc.types import Problem
 from ttc.verify import verifier
 
@@ -25,24 +24,6 @@ def write(folder: Path, *rows: Any) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def one_child() -> Iterator[type[Sandbox]]:
-    """Stands for Sandbox: the same child for all draws of this module, instead of a second's start for each."""
-    child = Sandbox("rg")
-
-    class Shared(Sandbox):
-        def call(self, op: str, limit_s: float, **arguments: Any) -> Any:
-            return child.call(op, limit_s, **arguments)
-
-    yield Shared
-    child.close()
-
-
-@pytest.fixture
-def draws(one_child: type[Sandbox], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "Sandbox", one_child)
 
 
 def test_text() -> None:
@@ -162,7 +143,6 @@ def test_exactly_one_source(tmp_path: Path) -> None:
 SPEC = "rg:chain_sum?min_terms=2&max_terms=3"
 
 
-@pytest.mark.usefixtures("draws")
 def test_reasoning_gym_draws_are_independent_reproducible_and_nested() -> None:
     some, more, other = from_task(SPEC, 8, 0), from_task(SPEC, 24, 0), from_task(SPEC, 24, 1)
     assert more[:8] == some
@@ -176,17 +156,17 @@ def test_reasoning_gym_draws_are_independent_reproducible_and_nested() -> None:
     assert all(2 <= sum(p.text.count(sign) for sign in (" + ", " - ")) + 1 <= 3 for p in some)
 
 
-def test_draws_are_the_same_in_another_process(one_child: type[Sandbox]) -> None:
+def test_draws_are_the_same_in_another_process() -> None:
     """Of these, the first depends on the hashes of strings and the second on the global random generator."""
-    another = Sandbox("rg")
+    one, another = take("rg"), Sandbox("rg")
     for task in ("rg:isomorphic_strings", "rg:list_functions"):
         for seed in range(6):
-            item = one_child("rg").call("draw", 60.0, task=task, seed=seed)
+            item = one.call("draw", 60.0, task=task, seed=seed)
             assert item == another.call("draw", 60.0, task=task, seed=seed)
     another.close()
+    leave(one)
 
 
-@pytest.mark.usefixtures("draws")
 def test_reasoning_gym_problems_survive_pickle_and_json_and_verify() -> None:
     judge = verifier("rg", limit_s=20.0)
     for task in ("rg:rearc", "rg:needle_haystack", "rg:isomorphic_strings"):
@@ -198,7 +178,6 @@ def test_reasoning_gym_problems_survive_pickle_and_json_and_verify() -> None:
     judge.close()
 
 
-@pytest.mark.usefixtures("draws")
 def test_identical_questions_are_drawn_once() -> None:
     task = "rg:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
     drawn = from_task(task, 60, 0)
@@ -208,7 +187,6 @@ def test_identical_questions_are_drawn_once() -> None:
         from_task("rg:coin_flip?min_trials=3&max_trials=3&allow_at_least=false", 9, 0)
 
 
-@pytest.mark.usefixtures("draws")
 @pytest.mark.parametrize(
     ("task", "fault"),
     [
@@ -236,7 +214,6 @@ def test_a_bad_task_is_one_line(task: str, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("draws")
 def test_settings_are_read_by_their_types() -> None:
     for task in (
         "rg:basic_arithmetic?operators=%2B,-&allow_negation=false",

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttc.errors import InputError, VerifierError
+from ttc.problems import from_task
 from ttc.rg_tasks import decode, encode
 from ttc.types import Problem, Verdict
 from ttc.verifiers import Exact, Math, ReasoningGym
@@ -231,6 +232,28 @@ def test_no_child_survives_close_or_collection() -> None:
         assert pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_the_child_that_drew_the_problems_is_ready_to_score_them() -> None:
+    (drawn,) = from_task("rg:chain_sum?min_terms=2&max_terms=2", 1, 0)
+    first, second = ReasoningGym(limit_s=20.0), ReasoningGym(limit_s=20.0)
+    pid = first._sandbox.pid
+    assert pid is not None
+    assert second._sandbox.pid is None, "a child has one owner"
+    second.start()
+    assert second._sandbox.pid not in (None, pid)
+    assert first.verify(drawn, str(drawn.gold)).correct
+    assert second.verify(drawn, str(drawn.gold)).correct
+    other = second._sandbox.pid
+    first.close()
+    second.close()
+    assert other is not None
+    assert gone(other), "one waits for the next owner, the others end"
+    third = ReasoningGym(limit_s=20.0)
+    assert third._sandbox.pid == pid
+    assert first._sandbox.pid is None
+    third._sandbox.close()
+    assert gone(pid)
 
 
 def test_a_script_is_not_run_again_and_its_death_ends_the_child(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ class Run:
             engine, self.policy, self.budget, self.jury, self.ledger, pricer,
             brief=brief, reward=reward, clock=clock, on_step=on_step,
         )  # fmt: skip
+        self.jury.start(job.problem for job in jobs if job.problem.id not in self.ledger.results)
         self._results: list[Result] = []
         self._started = clock()
         self._clock = clock

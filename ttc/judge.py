@@ -1,12 +1,15 @@
 """What the driver needs to know of answers: extraction, classes of equal answers, verdicts.
 
-One verifier per kind, started at its first use; equality for votes and the verdict are the same verifier's.
+One verifier per kind, started at its first use or by ``start``; equality for votes and the verdict are the same verifier's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ttc.answers import extract
 from ttc.types import AnswerFormat, Problem, Verdict
+from ttc.verifiers import ReasoningGym
 from ttc.verify import AnswerClasses, Verifier, can_verify, verifier
 
 
@@ -24,6 +27,13 @@ class Jury:
         self._voting: dict[str, Verifier] = {}
         self._judging: dict[str, Verifier] = {}
         self._classes: dict[str, AnswerClasses] = {}
+
+    def start(self, problems: Iterable[Problem]) -> None:
+        """Start what will judge these problems, where every verdict needs a process: the first is not kept waiting for it."""
+        for problem in {problem.verifier: problem for problem in problems}.values():
+            judging = _of(self._judging, problem)
+            if isinstance(judging, ReasoningGym):
+                judging.start()
 
     def answer(self, problem: Problem, text: str) -> str | None:
         """The answer in a branch's text, or None."""

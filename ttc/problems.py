@@ -18,7 +18,7 @@ from ttc import hf_tasks, verify
 from ttc.errors import InputError, VerifierError
 from ttc.rg_tasks import parse_spec
 from ttc.rows import check_text, parse_row, user
-from ttc.sandbox import Sandbox
+from ttc.sandbox import leave, take
 from ttc.types import Problem, seed_for
 
 DRAW_LIMIT_S = 60.0
@@ -154,7 +154,7 @@ def _from_reasoning_gym(task: str, n: int, seed: int) -> list[Problem]:
     spec = parse_spec(task)
     if importlib.util.find_spec("reasoning_gym") is None:
         raise InputError(f"task {task!r} needs reasoning_gym, which is missing: pip install 'ttc[tasks]'")
-    sandbox = Sandbox("rg")
+    sandbox = take("rg")
     found: dict[str, Problem] = {}
     try:
         for index in itertools.count():
@@ -173,5 +173,5 @@ def _from_reasoning_gym(task: str, n: int, seed: int) -> list[Problem]:
     except VerifierError as error:
         raise InputError(f"task {task!r} cannot be drawn ({error}); change its settings") from None
     finally:
-        sandbox.close()
+        leave(sandbox)  # its child scores what it drew
     return list(found.values())

@@ -37,11 +37,12 @@ PYTHONPATH, a file named types.py beside a user's script would stop the interpre
 
 
 class Sandbox:
-    """A child with ``library`` ("math" or "rg") loaded: started at the first call and again after a kill."""
+    """A child with ``library`` ("math" or "rg") loaded: started at the first call, or by ``start``, and again after a kill."""
 
     def __init__(self, library: str) -> None:
-        self._library = library
+        self.library = library
         self._process: subprocess.Popen[bytes] | None = None
+        self._greeted = False
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -57,6 +58,13 @@ class Sandbox:
             return reply["value"]
         raise (InputError if reply.get("input") else VerifierError)(reply["error"])
 
+    def start(self) -> None:
+        """Start the child, if there is none, and don't wait for its imports: the first call does."""
+        with self._lock:
+            self._mine()
+            if self._process is None:
+                self._spawn()
+
     @property
     def pid(self) -> int | None:
         """The child's process id, None while there is no child."""
@@ -68,38 +76,45 @@ class Sandbox:
             self._kill()
 
     def _exchange(self, request: bytes, limit_s: float) -> Mapping[str, Any]:
-        if self._owner != os.getpid():  # forked: the pipe belongs to the other process
-            self._process, self._finalizer, self._owner = None, None, os.getpid()
+        self._mine()
         if self._process is not None and self._process.poll() is not None:  # it died while idle
             self._kill()
         for attempt in (1, 2):
-            process = self._process or self._start()
+            process = self._process or self._spawn()
             assert process.stdin is not None
+            if not self._greeted:
+                self._greet()
             try:
                 process.stdin.write(request)
                 break
             except OSError as error:  # it dies just now: one new child is tried
                 self._kill()
                 if attempt == 2:
-                    raise VerifierError(f"the {self._library} worker does not stay up: {error}") from None
+                    raise VerifierError(f"the {self.library} worker does not stay up: {error}") from None
         return self._read(PATIENCE * limit_s, f"no verdict within {limit_s:g} s")
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _mine(self) -> None:
+        if self._owner != os.getpid():  # forked: the pipe belongs to the other process
+            self._process, self._finalizer, self._owner = None, None, os.getpid()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         path = (entry or os.getcwd() for entry in sys.path)
-        command = [sys.executable, "-P", "-c", _BOOT, self._library, *path]
+        command = [sys.executable, "-P", "-c", _BOOT, self.library, *path]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env=_environment(), start_new_session=True,
         )  # fmt: skip
-        self._process = process
+        self._process, self._greeted = process, False
         self._finalizer = weakref.finalize(self, _reap, process, self._owner)
-        hello = self._read(
-            START_LIMIT_S, f"the {self._library} worker took over {START_LIMIT_S:g} s to start"
-        )
+        return process
+
+    def _greet(self) -> None:
+        """Wait for the child's imports."""
+        hello = self._read(START_LIMIT_S, f"the {self.library} worker took over {START_LIMIT_S:g} s to start")
         if "error" in hello:
             self._kill()
             raise InputError(hello["error"])
-        return process
+        self._greeted = True
 
     def _read(self, limit_s: float, late: str) -> Mapping[str, Any]:
         """The next line of the child; kills it when the line does not come in time or the child is gone."""
@@ -119,7 +134,7 @@ class Sandbox:
                 if not piece:
                     status = _status(process)
                     spent = status == signal.SIGPROF.name
-                    raise VerifierError(late if spent else f"the {self._library} worker died ({status})")
+                    raise VerifierError(late if spent else f"the {self.library} worker died ({status})")
                 line += piece
             reply: Mapping[str, Any] = json.loads(line)
         except BaseException:  # Ctrl-C too: a half-read reply would be taken for the next call's
@@ -133,6 +148,21 @@ class Sandbox:
         if self._finalizer is not None:
             self._finalizer()
         self._process, self._finalizer = None, None
+
+
+_SPARE: dict[str, Sandbox] = {}
+
+
+def take(library: str) -> Sandbox:
+    """A sandbox to be used by one owner: the one that was left last, with its child running, or a new one."""
+    return _SPARE.pop(library, None) or Sandbox(library)
+
+
+def leave(sandbox: Sandbox) -> None:
+    """Give a sandbox back: its child, whose imports took a second, waits for the next to ``take`` it, or for the end of this
+    process. One of each library waits; others are closed."""
+    if sandbox.pid is None or _SPARE.setdefault(sandbox.library, sandbox) is not sandbox:
+        sandbox.close()
 
 
 def _environment() -> dict[str, str]:

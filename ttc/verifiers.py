@@ -10,7 +10,7 @@ from typing import Any
 from ttc.answers import canonical, number, plain
 from ttc.errors import InputError, VerifierError
 from ttc.rg_tasks import CORRECT
-from ttc.sandbox import Sandbox
+from ttc.sandbox import Sandbox, leave, take
 from ttc.types import Problem, Verdict
 
 LIMIT_S = 5.0
@@ -93,7 +93,11 @@ class ReasoningGym:
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         _require("reasoning_gym", self.name)
         self._limit_s = limit_s
-        self._sandbox = Sandbox("rg")
+        self._sandbox = take("rg")
+
+    def start(self) -> None:
+        """Start the scorer's process now rather than at the first verdict."""
+        self._sandbox.start()
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         task, entry = self._task(problem), problem.meta["entry"]
@@ -118,7 +122,8 @@ class ReasoningGym:
         return bool(_call(self._sandbox, "equal", self._limit_s, task=self._task(problem), a=a, b=b))
 
     def close(self) -> None:
-        self._sandbox.close()
+        leave(self._sandbox)
+        self._sandbox = Sandbox("rg")
 
     @staticmethod
     def _task(problem: Problem) -> str:

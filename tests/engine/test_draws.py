@@ -57,7 +57,8 @@ def expected(line: Any, temperature: float, top_k: int, top_p: float) -> list[fl
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 5, 1.0), (1.0, 0, 0.8), (0.8, 6, 0.9)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 5, 1.0), (1.0, 0, 0.8), (0.8, 6, 0.9)],
 )
 @pytest.mark.parametrize("by", ["seed", "position"])
 def test_the_distribution_is_the_samplers(temperature: float, top_k: int, top_p: float, by: str) -> None:

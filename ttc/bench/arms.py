@@ -105,7 +105,7 @@ def bare(job: Job, *, serial: bool = False) -> Work:
 
 
 def client(job: Job) -> Work:
-    """A plain aiohttp client of the server: one chat request a sample, ``concurrency`` at once, no streaming."""
+    """A plain aiohttp client of the server: one chat request a sample, ``concurrency`` at once over connections that stay open, no streaming."""
     import aiohttp
 
     problems = job.load()
@@ -120,9 +120,7 @@ def client(job: Job) -> Work:
             return int((await reply.json())["usage"]["completion_tokens"])
 
     async def everything(lengths: Lengths) -> int:
-        connector = aiohttp.TCPConnector(
-            limit=job.concurrency, force_close=True
-        )  # the server drops idle ones
+        connector = aiohttp.TCPConnector(limit=job.concurrency)
         async with aiohttp.ClientSession(connector=connector) as http:
             pieces = [one(http, p, n) for p, row in zip(problems, lengths, strict=True) for n in row]
             return sum(await asyncio.gather(*pieces))

@@ -110,9 +110,9 @@ def server(job: Job) -> Iterator[str]:
         "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(job.concurrency), "--enforce-eager",
         "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(files.context, 8192)), "--generation-config", "vllm",
     ]  # fmt: skip
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"} | dict(
-        os.environ
-    )
+    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    # An idle connection is dropped after 5 s otherwise, in the face of a client that is about to use it.
+    env = quiet | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"} | dict(os.environ)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
     )
