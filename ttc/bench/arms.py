@@ -105,7 +105,8 @@ def bare(job: Job, *, serial: bool = False) -> Work:
 
 
 def client(job: Job) -> Work:
-    """A plain aiohttp client of the server: one chat request a sample, ``concurrency`` at once over connections that stay open, no streaming."""
+    """A plain aiohttp client of the server: one chat request a sample, ``concurrency`` at once over connections that stay open, no
+    streaming."""
     import aiohttp
 
     problems = job.load()

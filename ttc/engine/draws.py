@@ -1,5 +1,5 @@
-"""Seeded samples of a whole batch at once: the token at a position is argmax(logits / T + Gumbel noise), and the noise is a function
-of the branch's seed, the position and the token alone.
+"""Seeded samples of a whole batch at once: the token at a position is argmax(logits / T + Gumbel noise), and the noise is a
+function of the branch's seed, the position and the token alone.
 
 vLLM gives every seeded request a generator of its own and asks one after another at each step: 0.6 ms for 64 rows, a twentieth of a
 small model's step, and a prefill that is cut kills its CPU engine, since a CPU generator can't be wound back. Counter-based noise
