@@ -20,9 +20,9 @@ def overhead(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")
     ] = None,
-    problems: Annotated[int, typer.Option(help="Problems.")] = 40,
-    samples: Annotated[int, typer.Option(help="Samples for each.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
+    problems: Annotated[int, typer.Option(min=1, help="Problems.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Samples for each.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are reported.")] = 3,
     http: Annotated[
         bool, typer.Option("--http/--no-http", help="Also through vLLM's server: plain client and its_hub.")
     ] = False,

@@ -39,6 +39,8 @@ def ttc(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[st
         (["solve", "1 + 1 =", "--engine", "openai:http://127.0.0.1:9"], "127.0.0.1:9"),
         (["solve", "1 + 1 =", "--effort", "2"], "(0, 1]"),
         (["solve", "1 + 1 =", "--verifier", "oracle"], "oracle"),
+        (["solve", "1 + 1 =", "--context", "0"], "context: 0 tokens"),
+        (["demo", "--n", "0"], "at least 1"),
         (["solve"], "no problem given"),
         (["solve", "1 + 1 =", "--task", TASK], "several sources"),
         (["solve", "--task", "rg:chain_sums"], "chain_sum"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import platform
 import queue
@@ -103,6 +104,14 @@ class Settings:
             raise InputError(f"temperature: {self.temperature:g} is below 0; give 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top-p: {self.top_p:g} is not in (0, 1]")
+        if self.top_k is not None and self.top_k < 0:
+            raise InputError(f"top-k: {self.top_k} is below 0; give 0 (all tokens) or more")
+        if self.intensity is not None and not 0 < self.intensity < math.inf:
+            raise InputError(f"intensity: {self.intensity:g} FLOP per byte; give a number above 0")
+        for name, usd in self.price.items():
+            if not 0 <= usd < math.inf:
+                option = name.replace("usd_per_m_", "price-")
+                raise InputError(f"{option}: {usd:g} dollars per million tokens; give 0 or more")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise InputError(f"max-thinking: {self.max_thinking_tokens} tokens is no thought; give 1 or more")
         KvSetting.asked(self.kv_budget, self.kv_method)

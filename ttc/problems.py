@@ -52,8 +52,7 @@ def load(
     if len(given) != 1:
         fault = f"several sources of problems ({', '.join(given)})" if given else "no problem given"
         raise InputError(f"{fault}; give one of a text, --input FILE.jsonl or --task rg:NAME")
-    if n is not None and n < 1:
-        raise InputError(f"n is {n}; give the number of problems, at least 1")
+    _check_count(n)
     if verifier is not None:
         verify.verifier(verifier).close()
         if verifier == "rg" and not (task or "").startswith("rg:"):
@@ -121,6 +120,7 @@ def from_jsonl(path: str | Path, *, skip_bad_rows: bool = False) -> Loaded:
 def from_task(spec: str, n: int | None, seed: int) -> list[Problem]:
     """``n`` problems of ``rg:NAME[?k=v&k=v]`` (reasoning-gym) or ``hf:ID[:SPLIT][?config=NAME]`` (Hugging
     Face data sets; n None: all rows), drawn with ``seed``."""
+    _check_count(n)
     if spec.startswith("rg:"):
         if n is None:
             raise InputError(f"task {spec!r} makes as many problems as asked for; say how many with --n")
@@ -129,6 +129,11 @@ def from_task(spec: str, n: int | None, seed: int) -> list[Problem]:
         rows, name = hf_tasks.rows(spec, n, seed), verify.default_verifier()
         return [Problem(row.id, row.messages, row.gold, name, {"task": spec}) for row in rows]
     raise InputError(f"task {spec!r} is of no known kind; write rg:NAME (reasoning-gym) or hf:ID[:SPLIT]")
+
+
+def _check_count(n: int | None) -> None:
+    if n is not None and n < 1:
+        raise InputError(f"n is {n}; give the number of problems, at least 1")
 
 
 def problem_to_json(problem: Problem) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -26,7 +26,7 @@ def _kernel() -> None:
 def branch(row: int, seed: int, written: int = 0, **sampling: Any) -> Any:
     from ttc.engine.control import Control
 
-    return Control(row=row, seed=seed, drawn=True, output=range(written), **sampling)
+    return Control(row=row, seed=seed, drawn=True, output=cast(Any, range(written)), **sampling)
 
 
 def drawn(branches: list[Any], logits: Any) -> list[int]:
