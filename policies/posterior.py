@@ -74,9 +74,10 @@ class ValueTable:
 
 class _Draws(NamedTuple):
     """Simulated problems, evenly spread in the logit of their first share: ``logit`` and ``top`` share (problems,). The states
-    (n, v1, v2) that they came through are numbered in rising n: ``keys`` v1 and v2 as one number, ``first[n]`` the first of n votes,
-    ``state`` (n, problems), ``hit`` (n, problems) whether the leader was the mode, ``often`` whether enough came through. A move is
-    a pair of states that follow each other: ``moves`` (n, problems), from ``source`` to ``target``, those from n at ``begin[n]``."""
+    (n, v1, v2) that they came through are numbered in rising n: ``keys`` v1 and v2 as one number, ``first[n]`` the first of n
+    votes, ``state`` (n, problems), ``hit`` (n, problems) whether the leader was the mode, ``often`` whether enough came through.
+    A move is a pair of states that follow each other: ``moves`` (n, problems), from ``source`` to ``target``, those from n votes
+    on at ``begin[n]``."""
 
     logit: Floats
     top: Floats

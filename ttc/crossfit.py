@@ -117,7 +117,7 @@ def folds(pools: Sequence[Pool], *, shuffles: int, count: int = FOLDS) -> list[t
                 arrays[i][:, :, own] = [run.right, run.tokens, run.chain, run.probes, run.samples]
     label = ", ".join(f"{price:g}" for price in prices)
     return [
-        (pool.name, label, Replay(*array, stops={}, overrun=0.0, errors={}, answered=0))
+        (pool.name, label, Replay(array[0], array[1], array[2], array[3], array[4], {}, 0.0, {}, 0))
         for pool, array in zip(pools, arrays, strict=True)
     ]
 
