@@ -16,7 +16,7 @@ def simulate(
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="'problem', or 'run': all problems share it.")] = "problem",
     shuffles: Annotated[int, typer.Option(help="How often, each with the branches in another order.")] = 100,
     max_branches: Annotated[int, typer.Option("--max-branches", help="Branches of a problem that may be drawn.")] = 64,
-    free_probes: Annotated[bool, typer.Option("--free-probes", help="Don't charge for anytime answers, as published.")] = False,
+    free_probes: Annotated[bool, typer.Option("--free-probes", help="The published accounting: anytime answers are free.")] = False,
     abstain: Annotated[
         bool, typer.Option("--abstain", help="A branch without an answer does not vote (published replays count it as one).")
     ] = False,

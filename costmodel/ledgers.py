@@ -17,6 +17,9 @@ import numpy as np
 from ttc.costmodel.records import Pool, PooledProblem, rows_of
 from ttc.errors import InputError
 
+CONFIDENCES = {"mean-logprob": "mean_logprob", "self-certainty": "self_certainty"}
+"""Measures of confidence, as requests name them, and where a completion keeps them."""
+
 
 def pool_of_run(folder: Path, *, cut: bool = False) -> Pool:
     """The finished branches of a run; raises InputError where the run has no judged results. ``cut``: also those that its policy
@@ -85,7 +88,11 @@ def _problem(
     for row, answers in enumerate(told):
         for at, answer in answers:
             probes[row, at // every - 1 :] = answer
-    return PooledProblem(problem, np.array(tokens), np.array(final, dtype=np.int64), probes)
+    measured = {name: [b["completion"].get(key) for b in branches] for name, key in CONFIDENCES.items()}
+    confidence = {name: np.array(row, dtype=float) for name, row in measured.items() if None not in row}
+    return PooledProblem(
+        problem, np.array(tokens), np.array(final, dtype=np.int64), probes, confidence=confidence
+    )
 
 
 def _text(file: Path, folder: Path) -> str:

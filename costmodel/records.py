@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class PooledProblem:
     ``tokens`` (S,) lengths; ``final`` (S,) codes of the last answers; ``probes`` (S, K) codes of the
     answers that a branch gives when made to answer after ``(k + 1) * probe_every`` tokens (K = 0: never
     probed). ``heard`` (S,): how many of them were recorded, the rest of a row repeating the last (None: unknown).
+    ``confidence``: (S,) of each measure that was recorded of every branch, by the names that requests use.
     """
 
     id: str
@@ -32,6 +33,7 @@ class PooledProblem:
     final: Ints
     probes: Ints
     heard: Ints | None = None
+    confidence: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:

@@ -139,7 +139,7 @@ class DeepConf:
             raise InputError(f"policy: deepconf has no mode {self.mode!r} with {self.signal!r}")
 
     @property
-    def signals(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[str, ...]:
         return (self.signal,)
 
     def _weights(self, branches: Sequence[Branch]) -> list[float]:
@@ -148,13 +148,13 @@ class DeepConf:
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         if self.mode == "offline":
-            branches = yield from Parallel(self.n, signals=self.signals).run(problem, brief)
+            branches = yield from Parallel(self.n, signals=self.needs).run(problem, brief)
             weights = self._weights(branches)
             floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * len(weights))) - 1]
             votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
             return Outcome(leader(votes, brief.seed), "samples", votes)
         warm = min(self.warmup, self.n)
-        branches = yield from Parallel(warm, signals=self.signals).run(problem, brief)
+        branches = yield from Parallel(warm, signals=self.needs).run(problem, brief)
         weights = self._weights(branches)
         floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * warm)) - 1]
         votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
@@ -162,7 +162,7 @@ class DeepConf:
             if votes and max(votes.values()) >= self.consensus * sum(votes.values()):
                 return Outcome(leader(votes, brief.seed), "confident", votes)
             reply = yield Generate(
-                (brief.request(problem, index, signals=self.signals),), why="no consensus yet"
+                (brief.request(problem, index, signals=self.needs),), why="no consensus yet"
             )
             (weight,) = self._weights(reply.branches)
             for answer, share in tally(reply.branches, [weight]).items():

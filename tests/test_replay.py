@@ -271,6 +271,21 @@ def test_problem_order_changes_nothing() -> None:
     )
 
 
+def test_problem_order_changes_nothing_in_a_shared_budget_that_suffices() -> None:
+    """While money is short the order in which problems come decides ties, and with them a token here or there."""
+    pool = make_pool(6, 40, seed=3)
+    turned = Pool(pool.name, pool.problems[::-1], probe_every=pool.probe_every)
+    for amount, slack in ((100_000, 0.0), (1_200, 0.1)):
+        budget = Budget(amount, "tokens", "run")
+        one, other = (
+            replay(p, parse("adaptive"), budget=budget, shuffles=8, max_branches=0) for p in (pool, turned)
+        )
+        assert abs(one.right.mean() - other.right.mean()) <= slack
+        assert one.overrun == other.overrun == 0
+        if slack == 0:
+            assert np.array_equal(one.tokens, other.tokens[:, ::-1])
+
+
 def test_more_budget_buys_no_less_accuracy_beyond_noise() -> None:
     pool = make_pool(40, 64, seed=5)
     runs = [

@@ -116,7 +116,7 @@ def replay(
 
 def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int, thinking: int | None) -> Driver:
     info = engine.info
-    missing = sorted(set(getattr(policy, "signals", ())) - set(info.signals))
+    missing = sorted(set(getattr(policy, "needs", ())) - set(info.signals))
     if missing:
         raise InputError(f"policy: {policy.name} needs {missing[0]}, which this pool has not recorded")
     if hasattr(policy, "planned"):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from tests.test_replay import make_pool, replay_driver
+from ttc.budget import Budget
 from ttc.costmodel.records import Pool, PooledProblem
-from ttc.policies import ParallelProbe
+from ttc.engine.replay import ReplayEngine
+from ttc.errors import InputError
+from ttc.ledger import Ledger
+from ttc.policies import ParallelProbe, parse
 from ttc.policies.baselines import beta_confidence, dirichlet_confidence
-from ttc.simulate import replay, simulate
+from ttc.simulate import load, replay, simulate
 
 POOLS = Path(__file__).parents[3] / "shared" / "pools"
 needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="the recorded pools are not on this machine")
@@ -121,6 +127,37 @@ def test_parallel_probe_is_the_published_algorithm_to_the_token() -> None:
         ), seed
         cuts += found.stops.get("confident", 0)
     assert 20 < cuts < 130, "both ends are reached: a stable majority, and all branches"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "deepconf?n=9&keep=0.5",
+        "deepconf?n=30&keep=0.5&mode=online&warmup=4&consensus=0.8",
+        "best-of-n?n=5&score=mean-logprob",
+        "weighted-vote?n=9&weight=self-certainty",
+    ],
+)
+def test_recorded_confidences_replay_as_they_ran(policy: str, tmp_path: Path) -> None:
+    rng, bare = np.random.default_rng(3), make_pool(8, 40, every=0, seed=3)
+    pool = replace(
+        bare,
+        problems=tuple(
+            replace(p, confidence={"self-certainty": rng.random(40), "mean-logprob": -rng.random(40)})
+            for p in bare.problems
+        ),
+    )
+    with pytest.raises(InputError, match="has not recorded"):
+        replay(bare, parse(policy), shuffles=1)
+    engine, ledger = ReplayEngine(pool), Ledger.open(tmp_path, {"model": "pool"})
+    results = list(replay_driver(engine, parse(policy), Budget(1e6, "tokens"), ledger).run(engine.problems()))
+    ledger.close()
+    again = replay(load(tmp_path), parse(policy), shuffles=1, max_branches=0, in_order=True)
+    by_id = {r.problem_id: r for r in results}
+    told = [by_id[p.id] for p in load(tmp_path).problems]
+    assert again.tokens[0].tolist() == [r.charge.tokens for r in told]
+    assert again.right[0].tolist() == [float(r.verdict is not None and r.verdict.correct) for r in told]
+    assert {r.answer for r in told} != {None}
 
 
 @needs_pools

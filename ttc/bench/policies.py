@@ -64,6 +64,7 @@ def measure(
 ) -> dict[str, Any]:
     """One rule live, and the replay of its own ledger in the order in which it drew."""
     from ttc.api import Run, Settings
+    from ttc.costmodel.ledgers import CONFIDENCES
     from ttc.policies import parse
     from ttc.simulate import load, replay
 
@@ -75,7 +76,7 @@ def measure(
     told = run.summary()
     right = [_right(results[p.id]) for p in problems]
     again: dict[str, Any] = {}
-    if not timed.needs:  # a pool keeps no confidences
+    if set(timed.needs) <= set(CONFIDENCES):  # what a pool keeps
         repeat = replay(load(out), parse(policy), shuffles=1, max_branches=0, in_order=True, abstain=True)
         again = {"replayed_right": repeat.right[0].tolist(), "replayed_tokens": float(repeat.tokens.sum())}
     spent = told["spent"]
@@ -211,7 +212,7 @@ def _line(row: dict[str, Any]) -> str:
     replayed = (
         f"{row['replayed_accuracy']:.1%} @ {row['replayed_tokens']:.0f}"
         if "replayed_accuracy" in row
-        else "no confidences"
+        else "not recorded"
     )
     return (
         f"{row['policy']:40} {row['accuracy']:6.1%} ({low:.1%} to {high:.1%}) {row['tokens_per_problem']:8.0f} "

@@ -113,9 +113,14 @@ class ReplayEngine:
                 name="replay", model=self.pool.model or self.pool.name, concurrency=self.concurrency,
                 context=longest + self.room_tokens + self._prompt, format=AnswerFormat(), sampling=Sampling(),
                 steerable=True, probe_tokens=(0 if self.free_probes else self.probe_tokens) if probes else None,
-                identity={"pool": self.pool.name},
+                signals=self._signals(), identity={"pool": self.pool.name},
             )  # fmt: skip
         return self._info
+
+    def _signals(self) -> tuple[str, ...]:
+        """The measures of confidence that were recorded of every branch."""
+        first, *rest = (set(p.confidence) for p in self.pool.problems)
+        return tuple(sorted(first.intersection(*rest)))
 
     @property
     def _prompt(self) -> int:
@@ -227,8 +232,13 @@ class ReplayEngine:
         self._counts[1] += tokens + forced + paid
         name = tape.problem.id
         self.chains[name] = max(self.chains.get(name, 0), tape.started + tokens + forced - self._begun[name])
+        told = tape.problem.confidence if tape.request.signals and tokens >= tape.whole else {}
+        logprob, certainty = (
+            float(told[k][tape.row]) if k in told else None for k in ("mean-logprob", "self-certainty")
+        )
         return Completion(
-            text, finish, self._prompt, tokens, forced, closed=forced > 0, probe_tokens=paid,
+            text, finish, self._prompt, tokens, forced, closed=forced > 0, probe_tokens=paid, mean_logprob=logprob,
+            self_certainty=certainty,
         )  # fmt: skip
 
     def steer(self, ticket: int, word: Literal["close"]) -> None:

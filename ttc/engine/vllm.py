@@ -55,7 +55,9 @@ class VLLMEngine:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
         if context is not None and context < 1:
-            raise InputError(f"context: {context} tokens hold nothing; give 1 or more, or leave it out for the model's own")
+            raise InputError(
+                f"context: {context} tokens hold nothing; give 1 or more, or leave it out for the model's own"
+            )
         self.files: ModelFiles = load_model_files(model)
         if think_close is not None:
             self.files = _with_delimiter(self.files, think_close)
