@@ -166,9 +166,10 @@ def fit(
     *bases, kv_rate, search_rate, select, select_each = _fitted(rows, decode, statistic, free=len(batches))
     step, sequence = _solve(np.array([[1.0, b] for b in batches]), np.array(bases))
     kernel = tuple((float(b), base / (step + b * sequence)) for b, base in zip(batches, bases, strict=True))
-    start, linear_rate, pair_rate = _fitted(_prefill_rows(shape, prefill), prefill, statistic)
+    floor, start, linear_rate, pair_rate = _fitted_prefill(shape, prefill, statistic)
     weights = float(shape.step_weight_bytes(1.0))
-    weight_rate = min(step, start, weights * kv_rate) / weights
+    weight_rate = min(step, weights * kv_rate) / weights
+    streamed = min(start, weights * weight_rate)  # an accelerator hides weights behind a prefill's FLOPs
     flop_rate = min(sequence, shape.token_flops * linear_rate) / shape.token_flops
     terms = Terms(
         step_fixed_s=max(
@@ -181,7 +182,9 @@ def fit(
         search_s_per_byte=search_rate or kv_rate,  # not measured: bytes like others
         select_step_s=select,
         select_sequence_s=select_each,
-        prefill_fixed_s=max(0.0, start - weights * weight_rate),
+        prefill_floor_s=floor,
+        prefill_fixed_s=start - streamed,
+        prefill_s_per_weight_byte=streamed / weights,
         prefill_s_per_flop=linear_rate,
         prefill_s_per_pair_flop=pair_rate,
         kernel=kernel,
@@ -230,8 +233,28 @@ def _decode_rows(
     return np.array(rows)
 
 
-def _prefill_rows(shape: ModelShape, points: Sequence[Measurement]) -> Floats:
-    return np.array([[1.0, *prefill_flops(shape, m.cell.context)] for m in points])
+def _fitted_prefill(
+    shape: ModelShape, points: Sequence[Measurement], statistic: Statistic
+) -> tuple[float, float, float, float]:
+    """Floor, start, seconds a linear FLOP and a FLOP of attention: max(floor, start + FLOPs · rates).
+
+    Where the host is what an accelerator waits for, prefills up to some length take the same time. A floor is taken
+    where the shortest points, two or more, differ by less than a tenth, three or more are left to tell the rates, and
+    taking it at least halves the mean error.
+    """
+    use = sorted((m for m in points if m.cell.role == "fit"), key=lambda m: m.cell.context)
+    columns = np.array([[1.0, *prefill_flops(shape, m.cell.context)] for m in use])
+    times = np.array([m.typical(statistic) for m in use])
+    flat = next((i for i in range(len(use)) if times[: i + 1].max() > 1.1 * times[: i + 1].min()), len(use))
+    tried = []
+    for skip in (0, flat) if flat >= 2 and len(use) - flat >= 3 else (0,):
+        line = _solve(columns[skip:], times[skip:])
+        floor = float(np.median(times[:skip])) if skip else 0.0
+        error = float(np.abs(np.maximum(floor, columns @ np.array(line)) / times - 1.0).mean())
+        tried.append((error, (floor, *line)))
+    plain, last = tried[0], tried[-1]
+    floor, start, linear, pair = last[1] if last[0] < plain[0] / 2 else plain[1]
+    return floor, start, linear, pair
 
 
 def _fitted(

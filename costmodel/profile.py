@@ -6,11 +6,12 @@ with a known error:
 
   decode step  = kernel(batch) · L(batch) + k·KV bytes [+ select + batch·select' + q·summary bytes, where it is sparse]
   L(batch)     = fixed + w·weight bytes(batch) + batch·(sequence + f·FLOPs per token)
-  prefill step = fixed' + w·weight bytes + f'·linear FLOPs + g·attention FLOPs
+  prefill step = max(floor, fixed' + w'·weight bytes + f'·linear FLOPs + g·attention FLOPs)
 
 All in seconds; every coefficient >= 0. ``kernel`` is what matrix kernels do as the batch grows (they have tiles and
 paths for few rows): a factor at each measured batch, between which the product is linear in the batch; beyond the
-last it goes on as between the last two. The fit is in ``calibrate``; this file predicts, stores and checks.
+last it goes on as between the last two. ``floor`` is the host's own time, behind which an accelerator hides short
+prefills. The fit is in ``calibrate``; this file predicts, stores and checks.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Terms:
     search_s_per_byte: float = 0.0
     select_step_s: float = 0.0
     select_sequence_s: float = 0.0
+    prefill_floor_s: float = 0.0
     prefill_fixed_s: float = 0.0
+    prefill_s_per_weight_byte: float = 0.0
     prefill_s_per_flop: float = 0.0
     prefill_s_per_pair_flop: float = 0.0
     kernel: tuple[tuple[float, float], ...] = ()  # (batch, factor on the linear part), by batch
@@ -146,13 +149,9 @@ class Profile:
         """One prefill step of ``tokens`` new tokens after ``cached_tokens``."""
         t = self.terms
         linear, attention = prefill_flops(shape, tokens, cached_tokens)
-        weights = t.weight_s_per_byte * float(shape.step_weight_bytes(tokens))
-        return (
-            t.prefill_fixed_s
-            + weights
-            + t.prefill_s_per_flop * linear
-            + t.prefill_s_per_pair_flop * attention
-        )
+        weights = t.prefill_s_per_weight_byte * float(shape.step_weight_bytes(tokens))
+        flops = t.prefill_s_per_flop * linear + t.prefill_s_per_pair_flop * attention
+        return t.prefill_floor_s + _positive(t.prefill_fixed_s + weights + flops - t.prefill_floor_s)
 
     def chain_s(
         self,

@@ -132,6 +132,22 @@ def test_a_kernel_that_is_no_line_in_the_batch_is_followed() -> None:
             Terms(kernel=bad)
 
 
+def test_a_host_that_an_accelerator_waits_for_is_a_floor_of_prefill() -> None:
+    class Hosted(Synthetic):
+        def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
+            if phase == "prefill":
+                return max(0.3, super().true(batch, context, kv_budget, phase))
+            return super().true(batch, context, kv_budget, phase)
+
+    cells = design(prefills=(4, 8, 16, 32, 64, 128, 256, 512, 768, 1024))
+    profile = fit(SHAPE, measure(Hosted(), cells, rounds=1))
+    assert profile.terms.prefill_floor_s == pytest.approx(0.3)
+    assert profile.held_out.inside_worst < 1e-6
+    assert profile.held_out.beyond_worst < 1e-6
+    assert profile.prefill_s(SHAPE, tokens=1) == pytest.approx(0.3)
+    assert fit(SHAPE, measure(Synthetic(), cells, rounds=1)).terms.prefill_floor_s == 0
+
+
 def test_profiles_survive_storage(tmp_path: Path) -> None:
     profile = _calibrated(Synthetic())
     profile.save(tmp_path / "p.json")
