@@ -210,7 +210,7 @@ def fit(
 def predict(shape: ModelShape, profile: Profile, cell: Cell) -> float:
     """Seconds that the profile gives a cell."""
     if cell.phase == "prefill":
-        return profile.prefill_s(shape, tokens=cell.context)
+        return float(profile.prefill_s(shape, tokens=cell.context))
     return profile.decode_s(shape, batch=cell.batch, context_tokens=cell.context, kv_budget=cell.kv_budget)
 
 

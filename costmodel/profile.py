@@ -145,11 +145,11 @@ class Profile:
         sparse = reads_a_part(context_tokens, kv_budget, self.kv_block, self.kv_method)
         return t.shared_s(shape, batch) + moved + sparse * t.selection_s(batch)
 
-    def prefill_s(self, shape: ModelShape, *, tokens: float, cached_tokens: float = 0) -> float:
-        """One prefill step of ``tokens`` new tokens after ``cached_tokens``."""
+    def prefill_s(self, shape: ModelShape, *, tokens: Any, cached_tokens: Any = 0) -> Any:
+        """One prefill step of ``tokens`` new tokens after ``cached_tokens``. Numbers or arrays."""
         t = self.terms
         linear, attention = prefill_flops(shape, tokens, cached_tokens)
-        weights = t.prefill_s_per_weight_byte * float(shape.step_weight_bytes(tokens))
+        weights = t.prefill_s_per_weight_byte * shape.step_weight_bytes(tokens)
         flops = t.prefill_s_per_flop * linear + t.prefill_s_per_pair_flop * attention
         return t.prefill_floor_s + _positive(t.prefill_fixed_s + weights + flops - t.prefill_floor_s)
 
@@ -268,15 +268,13 @@ def decode_bytes(
     return read, total - read
 
 
-def prefill_flops(shape: ModelShape, tokens: float, cached_tokens: float = 0) -> tuple[float, float]:
-    """Linear and attention FLOPs of prefilling ``tokens`` after ``cached_tokens``."""
+def prefill_flops(shape: ModelShape, tokens: Any, cached_tokens: Any = 0) -> tuple[Any, Any]:
+    """Linear and attention FLOPs of prefilling ``tokens`` after ``cached_tokens``. Numbers or arrays."""
     whole = full(
         shape, prompt_tokens=cached_tokens + tokens, cached_prompt_tokens=cached_tokens, generated_tokens=0
     )
-    linear = tokens * (shape.token_flops - 2.0 * shape.head_params) + (
-        2.0 * shape.head_params if tokens else 0.0
-    )
-    return linear, float(whole.flops) - linear
+    linear = tokens * (shape.token_flops - 2.0 * shape.head_params) + (tokens > 0) * 2.0 * shape.head_params
+    return linear, whole.flops - linear
 
 
 def _positive(value: Any) -> Any:

@@ -30,7 +30,7 @@ class Synthetic:
     def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
         if phase == "prefill":
             linear, attention = prefill_flops(SHAPE, context)
-            return 0.1 + linear / 2e11 + attention / 1e11
+            return float(0.1 + linear / 2e11 + attention / 1e11)
         kv, search = decode_bytes(SHAPE, context, kv_budget, 32, "block")
         chosen = 0.0 if kv_budget is None else 0.02 + batch * 0.001
         return 0.1 + batch * (0.004 + kv / 6e9 + search / 3e9) + chosen
@@ -77,7 +77,7 @@ def test_a_machine_without_overheads_is_no_error(scale: float) -> None:
         def true(self, batch: int, context: int, kv_budget: int | None, phase: Phase) -> float:
             weights = float(SHAPE.step_weight_bytes(1)) / 6e9
             if phase == "prefill":
-                return scale * (weights + sum(prefill_flops(SHAPE, context)) / 2e11)
+                return scale * (weights + float(sum(prefill_flops(SHAPE, context))) / 2e11)
             kv, _ = decode_bytes(SHAPE, context, kv_budget, 32, "block")
             return scale * (weights + batch * (SHAPE.token_flops / 2e11 + kv / 6e9))
 
@@ -169,6 +169,9 @@ def test_a_chain_is_the_sum_of_its_steps() -> None:
     whole = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=length, batch=batch)
     prefill = profile.chain_s(SHAPE, prompt_tokens=prompt, generated_tokens=0, batch=batch)
     assert whole - prefill == pytest.approx(steps, rel=1e-9)
+    two = profile.chain_s(SHAPE, prompt_tokens=np.array([0, prompt]), generated_tokens=length, batch=batch)
+    assert two[1] == pytest.approx(whole)
+    assert two[0] < whole
     sparse: dict[str, Any] = {"kv_budget": 64, "batch": batch}
     steps = sum(
         profile.decode_s(SHAPE, context_tokens=prompt + t, **sparse) / batch for t in range(1, length)
