@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_rooms_are_linked_into_the_package(room: str) -> None:
     link = ROOT / "ttc" / room
     assert link.is_symlink(), "clone with core.symlinks=true"
     assert link.resolve() == (ROOT / room).resolve()
+
+
+def test_the_map_of_the_house_names_every_module() -> None:
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)`", told))
+    rooms = [
+        ROOT / room for room in ("policies", "samplers", "costmodel", "ttc", "ttc/engine", "ttc/attention")
+    ]
+    modules = {file.stem for room in rooms for file in room.glob("*.py")} - {"__init__"}
+    assert not modules - named, "CONTRIBUTING.md knows nothing of these"
 
 
 def _imports(file: Path) -> set[str]:
