@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from ttc.cli import costs, info, measure, report, simulate, solve, train
 from ttc.errors import InputError, TTCError
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 3
 
+
+class _Commands(TyperGroup):
+    """Typer ends in silence, with 130, on a Ctrl-C that no command took care of: one while an engine starts, say."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(_say("stopped", EXIT_STOPPED)) from None
+
+
 app = typer.Typer(
     name="ttc",
+    cls=_Commands,
     help="Spend a hard budget of tokens, eFLOPs, seconds or dollars where it buys the most correct answers.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,8 +69,6 @@ def main() -> None:
         sys.exit(_say(error, EXIT_BAD_INPUT))
     except TTCError as error:
         sys.exit(_say(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(_say("stopped", EXIT_STOPPED))
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,10 +103,11 @@ def solve(
         price=price,
     )  # fmt: skip
     settings.check()
-    loaded = load(
-        text=text, input=input, task=task, n=n if n is not None or task is None else 100, seed=seed,
-        skip_bad_rows=skip_bad_rows, verifier=verifier,
-    )  # fmt: skip
+    with _saying("reading the problems", not (quiet or as_json)):
+        loaded = load(
+            text=text, input=input, task=task, n=n if n is not None or task is None else 100, seed=seed,
+            skip_bad_rows=skip_bad_rows, verifier=verifier,
+        )  # fmt: skip
     options: dict[str, Any] = {"concurrency": concurrency}
     if engine.startswith("openai"):
         options |= {"shape": _shape(shape)} if shape is not None else {}
@@ -149,7 +150,8 @@ def demo(
             f"model: the demo runs on an embedded reasoner, not {name!r}; use one of {', '.join(known)}"
         )
     task = known[name].tasks[0]
-    problems = from_task(task, n, seed)
+    with _saying("drawing the problems", not (quiet or as_json)):
+        problems = from_task(task, n, seed)
     settings = Settings(policy="self-consistency?n=8", budget=budget, seed=seed)
     settings.check()
     with _opened(name, "vllm", {"concurrency": 64}, say=not (quiet or as_json)) as opened:
@@ -197,17 +199,21 @@ def _shape(name: str) -> Any:
 @contextmanager
 def _opened(model: str, engine: str, options: dict[str, Any], *, say: bool) -> Iterator[Any]:
     """An open engine; a word on stderr while it starts."""
-    from contextlib import nullcontext
-
     from ttc.api import start_engine
-    from ttc.cli.render import stderr
 
-    with stderr.status(f"starting {model or engine}") if say else nullcontext():
+    with _saying(f"starting {model or engine}", say):
         opened = start_engine(model, engine, **options)
     try:
         yield opened
     finally:
         opened.close()
+
+
+def _saying(what: str, say: bool) -> AbstractContextManager[Any]:
+    """A word on stderr, on a terminal, while the block runs."""
+    from ttc.cli.render import stderr
+
+    return stderr.status(what) if say else nullcontext()
 
 
 def _without_too_long(

@@ -57,6 +57,18 @@ def test_bad_input_is_one_line_with_the_mend_and_exit_code_2(arguments: list[str
     assert done.stdout == ""
 
 
+def test_ctrl_c_before_the_run_has_begun_is_a_word_and_exit_code_3() -> None:
+    code = (
+        "import signal, sys, ttc.problems\n"
+        "from ttc.cli import main\n"
+        "ttc.problems.load = lambda **given: signal.raise_signal(signal.SIGINT)\n"
+        "sys.argv = ['ttc', 'solve', '1 + 1 =']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "ttc: stopped\n")
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
