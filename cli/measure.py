@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -127,6 +128,10 @@ def fidelity(
     thinking: Annotated[int, typer.Option(min=1, help="Thoughts are closed at this length.")] = 1024,
     page: Annotated[int, typer.Option(help="Tokens of a KV page.")] = 32,
     seed: Annotated[int, typer.Option(help="Of problems and samples.")] = 0,
+    extras: Annotated[bool, typer.Option(help="Shared choices, a dense layer, calibrated budgets.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Rows as they end; one of the same study is gone on with.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Accuracy against KV budget for every method, and dense against sparse at equal cost, on an embedded reasoner."""
@@ -135,7 +140,7 @@ def fidelity(
     main(
         model=model, tasks=task or [], problems=problems, samples=samples, budgets=_numbers("budgets", budgets),
         methods=methods.split(","), caps=_numbers("caps", caps) if caps else [], thinking=thinking, page=page,
-        seed=seed, as_json=as_json,
+        seed=seed, extras=extras, out=out, as_json=as_json,
     )  # fmt: skip
 
 

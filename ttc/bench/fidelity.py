@@ -1,12 +1,14 @@
 """``ttc bench fidelity``: what sparse decoding costs in accuracy, and what its savings buy, on an embedded reasoner.
 
 The same problems and seeds under dense decoding and under every method and budget: accuracy of single samples and of votes, KV
-tokens read, eFLOPs. Then the question of Kinetics (arXiv 2506.05333) at equal cost: every arm is a curve of accuracy over eFLOPs
-(more samples; with ``caps``, also longer thoughts), and arms are compared where they cost what dense costs.
+tokens read, eFLOPs; differences are paired by problem. Then the question of Kinetics (arXiv 2506.05333) at equal cost: every arm
+is a curve of accuracy over eFLOPs (more samples; with ``caps``, also longer thoughts), and arms are compared where they cost what
+dense costs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,11 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttc import nano
 from ttc.attention.settings import KvSetting
 from ttc.errors import InputError
+
+if TYPE_CHECKING:
+    from ttc.costmodel.accuracy import Estimate
 
 VOTES = (1, 2, 4, 8, 16, 32)
 
@@ -50,6 +55,7 @@ class Study:
     caps: tuple[int, ...] = ()
     page: int = 32
     seed: int = 0
+    extras: bool = True
 
     def arms(self, budgets_file: dict[str, str]) -> Iterator[Arm]:
         """Dense, every method at every budget, then the extras at the middle budget: dense first layer, choices shared by layers or
@@ -63,15 +69,16 @@ class Study:
             "first layer dense": {"dense_layers": 1}, "2 layers share": {"share_layers": 2}, "4 layers share": {"share_layers": 4},
             "4 steps share": {"share_steps": 4}, "16 steps share": {"share_steps": 16},
         } | {f"budgets by {by}": {"budgets": path} for by, path in budgets_file.items()}  # fmt: skip
-        for name, options in extras.items():
+        for name, options in extras.items() if self.extras else ():
             yield Arm(f"{middle.method} {middle.budget}, {name}", middle, options)
         for cap in self.caps:
             for kv in (None, *(KvSetting(budget) for budget in self.budgets)):
                 yield Arm(f"{'dense' if kv is None else f'{kv.method} {kv.budget}'}, cap {cap}", kv, {}, cap)
 
 
-def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
-    """A row for each arm: accuracy of one sample and of votes, with costs; agreement with dense sample by sample."""
+def run(study: Study, say: Any = print, out: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each arm: accuracy of one sample and of votes, with costs; agreement with dense sample by sample. ``out`` is given
+    each row as it ends, and the rows of the same study that it has already are not run again."""
     from ttc.api import Run, Settings
     from ttc.attention.budgets import calibrate, save
     from ttc.attention.settings import CONFIG_KEY
@@ -82,17 +89,19 @@ def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
     problems = [p for task in study.tasks for p in from_task(task, study.problems, study.seed)]
     with tempfile.TemporaryDirectory() as folder:
         files = {}
-        for by in ("heads", "layers"):
+        for by in ("heads", "layers") if study.extras else ():
             made = calibrate(
                 study.model, study.tasks, problems=8, page=study.page, seed=study.seed + 1, by=by
             )
             files[by] = str(Path(folder) / f"{by}.json")
             save(made, Path(files[by]))
             say(f"calibrated by {by}: {made}")
-        rows: list[dict[str, Any]] = []
-        texts: dict[tuple[str, int], str] = {}
+        rows = _stored(study, out)
+        done_before = {row["arm"] for row in rows}
         engine, opened = None, None
         for arm in study.arms(files):
+            if arm.name in done_before:
+                continue
             if opened != arm.options:
                 if engine is not None:
                     engine.close()
@@ -110,28 +119,71 @@ def run(study: Study, say: Any = print) -> list[dict[str, Any]]:
             done = Run(problems, engine, settings)
             results = sorted(done.results(), key=lambda r: r.problem_id)
             branches = [b for r in results for b in r.branches]
-            if not texts:
-                texts = {(b.problem_id, b.index): b.completion.text for b in branches}
             tokens = sum(b.completion.output_tokens for b in branches)
             context = sum(
                 b.completion.prompt_tokens + i for b in branches for i in range(1, b.completion.output_tokens)
             )
             charge = done.status.charge
             curve = vote_curve(results, VOTES, seed=study.seed)
+            texts = [
+                [_digest(b.completion.text) for b in sorted(r.branches, key=lambda b: b.index)]
+                for r in results
+            ]
+            dense = rows[0]["texts"] if rows else texts
+            same = [
+                a == b
+                for own, other in zip(texts, dense, strict=True)
+                for a, b in zip(own, other, strict=True)
+            ]
             rows.append(
                 {
                     "arm": arm.name, "budget": arm.kv.budget if arm.kv else None, "method": arm.kv.method if arm.kv else None,
                     "options": {k: v for k, v in arm.options.items() if k != "budgets"}, "cap": arm.cap,
                     "tokens_per_sample": tokens / len(branches), "context_per_token": context / tokens,
                     "kv_read": charge.kv_tokens / context, "eflops_per_sample": charge.eflops / len(branches),
-                    "same_as_dense": sum(texts.get((b.problem_id, b.index)) == b.completion.text for b in branches) / len(branches),
+                    "same_as_dense": sum(same) / len(same), "texts": texts,
+                    "right": [sum(b.usable and b.vote in r.right for b in r.branches) / len(r.branches) for r in results],
                     "votes": [{"votes": p.votes, "accuracy": p.accuracy, "low": p.low, "high": p.high} for p in curve],
                 }
             )  # fmt: skip
+            if out is not None:
+                with out.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
             say(f"{arm.name}: {curve[0].accuracy:.1%}, {charge.kv_tokens / context:.0%} of the KV read")
         if engine is not None:
             engine.close()
     return rows
+
+
+def _stored(study: Study, out: Path | None) -> list[dict[str, Any]]:
+    """The rows that ``out`` has; a new file is begun with what the study is. Raises InputError for a file of another study."""
+    if out is None:
+        return []
+    mine = json.loads(json.dumps(asdict(study)))
+    try:
+        lines = out.read_text().splitlines() if out.exists() else []
+        head, *rows = [json.loads(line) for line in lines] or [{"study": mine}]
+        if not lines:
+            out.write_text(json.dumps(head) + "\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {out}: can't be used ({error}); give another file") from None
+    if not isinstance(head, dict) or head.get("study") != mine:
+        raise InputError(f"--out {out}: holds another study; give another file")
+    return rows
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def gains(rows: Sequence[dict[str, Any]]) -> list[Estimate]:
+    """What each arm's samples get right more often than dense's, paired by problem: mean and 95 % interval."""
+    import numpy as np
+
+    from ttc.costmodel.accuracy import bootstrap
+
+    dense = np.array(rows[0]["right"])
+    return [bootstrap(np.array(row["right"]) - dense) for row in rows]
 
 
 def at_equal_cost(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,7 +211,7 @@ def _accuracy_at(row: dict[str, Any], cost: float) -> float | None:
 
 def main(
     *, model: str, tasks: Sequence[str], problems: int, samples: int, budgets: Sequence[int], methods: Sequence[str],
-    caps: Sequence[int], thinking: int, page: int, seed: int, as_json: bool,
+    caps: Sequence[int], thinking: int, page: int, seed: int, extras: bool, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the study; print tables, or one JSON object."""
     from rich.console import Console
@@ -174,11 +226,13 @@ def main(
             KvSetting(budget, method).check_page(page)
     study = Study(
         model, tuple(tasks) or known[model].tasks[:1], problems, samples, tuple(budgets), tuple(methods),
-        thinking, tuple(caps), page, seed,
+        thinking, tuple(caps), page, seed, extras,
     )  # fmt: skip
-    rows = run(study, Console(stderr=True, highlight=False).print)
+    rows = run(study, Console(stderr=True, highlight=False).print, out)
+    rows = [row | {"gain": gain} for row, gain in zip(rows, gains(rows), strict=True)]
     machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
-    report = {"study": asdict(study), "rows": rows, "equal_cost": at_equal_cost(rows), "machine": machine}
+    told = [{k: v for k, v in row.items() if k != "texts"} for row in rows]
+    report = {"study": asdict(study), "rows": told, "equal_cost": at_equal_cost(rows), "machine": machine}
     if as_json:
         print(json.dumps(report))
         return
@@ -193,13 +247,23 @@ def _print(report: dict[str, Any]) -> None:
     study = report["study"]
     title = f"{study['model']}, {study['problems']} problems × {study['samples']} samples of {', '.join(study['tasks'])}"
     table = Table(title=title, title_justify="left")
-    for heading in ("arm", "one sample", "95 %", "all vote", "KV read", "MeFLOPs", "same text"):
+    for heading in (
+        "arm",
+        "one sample",
+        "against dense",
+        "all vote",
+        "KV read",
+        "tokens",
+        "MeFLOPs",
+        "same text",
+    ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in report["rows"]:
         first, last = row["votes"][0], row["votes"][-1]
         table.add_row(
-            row["arm"], f"{first['accuracy']:.1%}", f"{first['low']:.1%} to {first['high']:.1%}", f"{last['accuracy']:.1%}",
-            f"{row['kv_read']:.0%}", f"{row['eflops_per_sample'] / 1e6:,.0f}", f"{row['same_as_dense']:.0%}",
+            row["arm"], f"{first['accuracy']:.1%}", "{:+.1%} [{:+.1%}, {:+.1%}]".format(*row["gain"]), f"{last['accuracy']:.1%}",
+            f"{row['kv_read']:.0%}", f"{row['tokens_per_sample']:,.0f}", f"{row['eflops_per_sample'] / 1e6:,.0f}",
+            f"{row['same_as_dense']:.0%}",
         )  # fmt: skip
     stdout.print(table)
     equal = Table(title="accuracy at the cost of dense votes", title_justify="left")
