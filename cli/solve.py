@@ -110,6 +110,12 @@ def solve(
         )  # fmt: skip
     options: dict[str, Any] = {"concurrency": concurrency}
     if engine.startswith("openai"):
+        for name, value, mend in (
+            ("kv-page", kv_page, "--block-size"),
+            ("kv-when", kv_when, "TTC_SPARSE in its environment"),
+        ):
+            if value is not None:
+                raise InputError(f"{name}: is set where the server is started ({mend}); leave it out")
         options |= {"shape": _shape(shape)} if shape is not None else {}
     else:
         model = model or DEFAULT_MODEL

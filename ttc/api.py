@@ -27,7 +27,7 @@ from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
 from ttc.driver import Driver
 from ttc.engine.course import FAR
-from ttc.engine.protocol import Engine, EngineInfo, SparseEngine
+from ttc.engine.protocol import Engine, ServedEngine, SparseEngine
 from ttc.errors import InputError
 from ttc.jobs import Policy, RewardModel, Status
 from ttc.judge import Jury
@@ -139,8 +139,8 @@ class Run:
         self.problems, self.engine, self.settings = list(problems), engine, settings
         self.skipped_rows = tuple(skipped_rows)
         self.sampling = _sampling(engine.info.sampling, settings)
+        self.kv = _kv(settings, engine)
         info = engine.info
-        self.kv = _kv(settings, info)
         pricer = Pricer(
             info.shape, info.concurrency, info.steerable, kv_page=info.kv_page,
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
@@ -264,12 +264,13 @@ class Run:
         }
 
 
-def _kv(settings: Settings, info: EngineInfo) -> KvSetting | None:
+def _kv(settings: Settings, engine: Engine) -> KvSetting | None:
     """How branches read the KV cache (None: all of it). Raises InputError for a budget under one of the engine's pages, and for an
     engine whose decoding can't be set from here; a model that can't decode sparsely stays dense."""
     kv = KvSetting.asked(settings.kv_budget, settings.kv_method)
     if kv is None:
         return None
+    info = engine.learn_kv() if isinstance(engine, ServedEngine) else engine.info
     if info.kv_page is None and not info.kv_reason:
         raise InputError(
             f"kv-budget: how the {info.name} engine decodes can't be set from here; use --engine vllm, or leave it out"

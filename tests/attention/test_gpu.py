@@ -119,15 +119,14 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @on_gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_reading_everything_through_the_per_head_path_is_stock(way: Way, method: str) -> None:
-    """Rows that decode together; then in mixed batches, where prefill in a call of its own may round apart from stock's one."""
+    """Rows that decode together; with VLLM_BATCH_INVARIANT=1 also in mixed batches. Without it stock vLLM itself rounds a row that
+    decodes otherwise when another one prefills (it picks another kernel, or other splits, for the whole batch)."""
     way.stock.reset_prefix_cache(), way.ours.reset_prefix_cache()
     together = [ids[:15] for ids in prompts(6, shared=0)]
     assert decode(way.ours, together, KvSetting(ALL, method)) == decode(way.stock, together)
-    for _ in ("cold", "warm"):
-        wanted, made = decode(way.stock, prompts()), decode(way.ours, prompts(), KvSetting(ALL, method))
-        same = sum(a == b for a, b in zip(wanted, made, strict=True))
-        print(f"{way.backend} {method}: {same} of {len(made)} the same in mixed batches")
-        assert same >= len(made) - 1
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+        for _ in ("cold", "warm"):
+            assert decode(way.ours, prompts(), KvSetting(ALL, method)) == decode(way.stock, prompts())
 
 
 @on_gpu

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import make_problems
 from tests.engine.mock_server import Call, MockServer, Script
-from ttc.api import _check_control
+from ttc.api import Run, Settings, _check_control
 from ttc.engine.openai import OpenAIEngine
 from ttc.errors import InputError
 from ttc.policies import parse
@@ -115,6 +115,19 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         solve([50], *(asked(Control(("A",), (5,)), index=i) for i in range(4)))
     assert sum("plugin is not loaded" in r.message for r in caplog.records) == 1
+
+
+def test_a_server_without_the_plugin_stays_dense() -> None:
+    with MockServer(thinker([5]), opens="<") as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+        try:
+            run = Run(make_problems(1), engine, Settings(policy="self-consistency?n=1", budget="200 tokens", kv_budget=64))
+            assert run.notices == [
+                "kv-budget: decoding stays dense; ttc's plugin is not loaded in the server; install ttc beside that vLLM"
+            ]
+            assert engine.learn_kv() is engine.info
+        finally:
+            engine.close()
 
 
 def test_what_needs_the_plugin_is_refused_without_it() -> None:

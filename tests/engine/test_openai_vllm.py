@@ -21,6 +21,7 @@ from ttc.api import Run, Settings
 from ttc.engine.http_server import Server
 from ttc.engine.model import load_model_files
 from ttc.engine.openai import OpenAIEngine
+from ttc.errors import InputError
 from ttc.types import Completion, Control, Problem, Request, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -33,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "TTC_SPARSE": '{"when": "cheaper"}',
 }
 
 
@@ -309,3 +311,36 @@ def test_search_and_anytime_answers_are_charged_as_the_server_counts(
     assert sampled <= charged - inserted <= sampled + 7 * (len(forks) - ended + 2 * len(problems))
     assert sum(r.charge.tokens_prompt for r in results) == after["prompt"] - before["prompt"]
     assert metric(server, "prefix_cache_hits_total") > cached
+
+
+def test_a_kv_budget_rides_with_each_call(engine: OpenAIEngine) -> None:
+    """A budget over the whole context says what dense says; a small one does not, nor does its KV leak into dense requests.
+    Steered chains carry both instructions. Charged are the formula's KV tokens."""
+    [problem] = sums(1)
+    problem = Problem(
+        "long",
+        ({"role": "user", "content": problem.messages[0]["content"].replace(" =", " + 37" * 24 + " =")},),
+    )
+    settings = {"policy": "self-consistency?n=1", "budget": "2k tokens", "temperature": 0.0, "max_thinking_tokens": 300}
+
+    def solved(**more: object) -> tuple[str, float]:
+        run = Run([problem], engine, Settings(**(settings | more)))  # type: ignore[arg-type]
+        [result] = run.results()
+        return result.branches[0].completion.text, result.charge.kv_tokens
+
+    dense, read = solved()
+    narrow, less = solved(kv_budget=32, kv_method="streaming")
+    assert narrow != dense
+    assert solved(kv_budget=4096) == (dense, read)
+    assert less < read
+    assert solved() == (dense, read)
+    control = Control(("Wait",), (7,))
+    wants = [
+        Request(problem, i, i, 60, Sampling(0.0), control=control, kv_budget=kv)
+        for i, kv in enumerate((None, 32, 4096))
+    ]
+    texts = [done.text for done in collect(engine, wants)]
+    assert texts[0] == texts[2] != texts[1]
+    assert all("Wait" in text for text in texts)
+    with pytest.raises(InputError, match="kv-budget: 16 tokens is under one page of 32"):
+        solved(kv_budget=16)

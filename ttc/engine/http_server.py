@@ -7,6 +7,7 @@ name are left out from then on, with one warning each); knows nothing of branche
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
+from ttc.attention.settings import EXTRA_ARGS_KEY, KvSetting
 from ttc.engine.http_pool import ConnectionPerCall
 from ttc.engine.http_stream import CallFailed, Delta, broken, refusal, stream_call
 from ttc.errors import InputError, TTCError
@@ -68,7 +70,8 @@ class Server:
     """A server and what was learned of it. ``exact``: prompts and continuations are token ids (/tokenize and
     /v1/completions); ``continues``: a chat may end in a half-written assistant turn; ``seeds``: requests
     carry theirs (None: where the server is not vLLM); ``steers``: ttc's plugin is loaded there (None: not
-    asked yet). Use from one event loop only."""
+    asked yet); ``kv_page``: tokens of its KV page, once it is known that requests can set a KV budget. Use from one event loop
+    only."""
 
     url: str
     api_key: str | None
@@ -82,6 +85,7 @@ class Server:
     exact: bool = False
     continues: bool = False
     steers: bool | None = None
+    kv_page: int | None = None
     max_field: str = "max_tokens"
     refused: set[str] = field(default_factory=set)
     _client: httpx.AsyncClient | None = None
@@ -171,6 +175,34 @@ class Server:
                     )
             return self.steers
 
+    async def learn_kv(self) -> tuple[int | None, str]:
+        """The tokens of the server's KV page where requests can set a KV budget (else None, and why not). Asked as ``learn_plugin``
+        asks; the page is in vLLM's /metrics. Raises CallFailed."""
+        if not self.exact:
+            return (
+                None,
+                "the server has no /tokenize or no /v1/completions, so it is no vLLM that takes KV budgets",
+            )
+        ids = await self.tokenize(text="Hi")
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
+        body |= {"vllm_xargs": {EXTRA_ARGS_KEY: "{}"}}
+        try:
+            await stream_call(self.client, "/v1/completions", body, lambda delta: True)
+            return None, "ttc's plugin is not loaded in the server; install ttc beside that vLLM"
+        except CallFailed as failure:
+            if EXTRA_ARGS_KEY not in str(failure):
+                if failure.status not in (400, 422):
+                    raise
+                return None, "the server takes no KV budgets"
+        try:
+            text = (await self.client.get("/metrics")).text
+        except httpx.HTTPError as error:
+            raise broken(error) from error
+        found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', text)
+        if found is None:
+            return None, "the server's /metrics does not tell its KV page, so a budget can't be checked"
+        return int(found[1]), ""
+
     async def _exists(self, path: str) -> bool:
         try:
             return (await self.client.get(path)).status_code != 404  # 405: it is there, for POST
@@ -241,6 +273,13 @@ class Server:
         ``steering``: fields that make the server steer, or stop where the client will."""
         body = self._common(request, max_tokens, seed, answering)
         body |= {"prompt": list(prompt_ids), "return_token_ids": True, **steering}
+        kv = KvSetting.asked(request.kv_budget, request.kv_method)
+        if (
+            kv is not None and self.kv_page is not None
+        ):  # what was written under one setting is never read under another
+            told = json.dumps(kv.extra_args()[EXTRA_ARGS_KEY])
+            body["vllm_xargs"] = body.get("vllm_xargs", {}) | {EXTRA_ARGS_KEY: told}
+            body["cache_salt"] = "/".join(filter(None, (self.cache_salt, kv.salt)))
         if "mean-logprob" in request.signals:
             body["logprobs"] = 0
         return self._allowed(body)

@@ -176,6 +176,23 @@ class OpenAIEngine:
     def room_tokens(self) -> int:
         return self._setting.room_tokens
 
+    def learn_kv(self) -> EngineInfo:
+        """See ``ServedEngine``. What the server then reads can't be seen from here: branches are charged by the cost model's
+        formula, as if it chose pages wherever that reads fewer bytes. Raises InputError if the server can't be reached."""
+        if self._info.kv_page is None and not self._info.kv_reason:
+            try:
+                page, reason = self._call(self._server.learn_kv())
+            except CallFailed as error:
+                raise InputError(cannot_open(self._server.url, error)) from error
+            self._server.kv_page = page
+            self._info = replace(self._info, kv_page=page, kv_reason=reason)
+            if page is not None:
+                self._server.say_once(
+                    "what the server reads of the KV cache can't be seen from here: a KV budget is charged by the cost model's"
+                    " formula"
+                )
+        return self._info
+
     def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
         """Exact where the server can tokenise, else an estimate (a token for every three bytes); also for a
         prompt that the server refuses, since that is the problem's own failure and shows when it runs."""

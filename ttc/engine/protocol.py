@@ -147,6 +147,15 @@ class SparseEngine(Protocol):
 
 
 @runtime_checkable
+class ServedEngine(Protocol):
+    """An engine behind a server, of which it has to be asked whether branches can decode sparsely."""
+
+    def learn_kv(self) -> EngineInfo:
+        """Ask the server, once, what tokens its KV page has and whether requests can set a KV budget; ``info``, as it is then."""
+        ...
+
+
+@runtime_checkable
 class InsertingEngine(Protocol):
     """What an engine with ``info.inserts`` can do besides: put text into a thought that is running, on the controller's word."""
 
