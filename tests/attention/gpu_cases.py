@@ -128,6 +128,10 @@ def paged_attention(
     assert scheduler_metadata["batch_size"] == len(seqused_k) == len(cu_seqlens_q) - 1
     assert (scheduler_metadata["num_heads_q"], scheduler_metadata["num_heads_kv"]) == (q.shape[1], heads)
     assert scheduler_metadata["cache_seqlens"] is seqused_k
+    assert (scheduler_metadata["max_seqlen_q"], scheduler_metadata["max_seqlen_k"]) == (
+        max_seqlen_q,
+        max_seqlen_k,
+    )
     for i, length in enumerate(seqused_k.tolist()):
         start, end = int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1])
         new = end - start

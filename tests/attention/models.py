@@ -12,6 +12,7 @@ from ttc.engine.vllm_start import import_vllm
 
 VOCABULARY = 512
 PAGE = 32
+MOST_STEPS = 5000
 _OPEN: list[
     Any
 ] = []  # an engine that is collected ends vLLM's distributed state, and with it every other engine here
@@ -111,8 +112,12 @@ def decode(
             prompt["cache_salt"] = setting.salt
         engine.add_request(str(i), prompt, params)
     done: dict[int, list[int]] = {}
-    while engine.has_unfinished_requests():
+    for _ in range(MOST_STEPS):
         for output in engine.step():
             if output.finished:
                 done[int(output.request_id)] = list(output.outputs[0].token_ids)
+        if not engine.has_unfinished_requests():
+            break
+    else:
+        raise AssertionError(f"{len(asked) - len(done)} requests did not end in {MOST_STEPS} steps")
     return [done[i] for i in range(len(asked))]

@@ -121,7 +121,11 @@ def test_a_server_without_the_plugin_stays_dense() -> None:
     with MockServer(thinker([5]), opens="<") as server:
         engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
         try:
-            run = Run(make_problems(1), engine, Settings(policy="self-consistency?n=1", budget="200 tokens", kv_budget=64))
+            run = Run(
+                make_problems(1),
+                engine,
+                Settings(policy="self-consistency?n=1", budget="200 tokens", kv_budget=64),
+            )
             assert run.notices == [
                 "kv-budget: decoding stays dense; ttc's plugin is not loaded in the server; install ttc beside that vLLM"
             ]

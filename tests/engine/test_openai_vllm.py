@@ -321,7 +321,12 @@ def test_a_kv_budget_rides_with_each_call(engine: OpenAIEngine) -> None:
         "long",
         ({"role": "user", "content": problem.messages[0]["content"].replace(" =", " + 37" * 24 + " =")},),
     )
-    settings = {"policy": "self-consistency?n=1", "budget": "2k tokens", "temperature": 0.0, "max_thinking_tokens": 300}
+    settings = {
+        "policy": "self-consistency?n=1",
+        "budget": "2k tokens",
+        "temperature": 0.0,
+        "max_thinking_tokens": 300,
+    }
 
     def solved(**more: object) -> tuple[str, float]:
         run = Run([problem], engine, Settings(**(settings | more)))  # type: ignore[arg-type]

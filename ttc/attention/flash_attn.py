@@ -26,7 +26,7 @@ class FlashBuilder(GpuBuilder, base.FlashAttentionMetadataBuilder):  # type: ign
     ) -> tuple[Any, int]:
         made, token = super().rest(metadata, first, n, starts, lengths)
         made.scheduler_metadata = self._schedule(
-            made.query_start_loc, made.max_query_len, made.seq_lens, max(lengths[first:])
+            made.query_start_loc, made.max_query_len, made.seq_lens, made.max_seq_len
         )
         return made, token
 

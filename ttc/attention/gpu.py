@@ -75,7 +75,8 @@ class GpuBuilder(SparseBuilder):
         cut = metadata.query_start_loc[first : n + 1] - starts[first]
         made = replace(
             metadata, num_actual_tokens=starts[n] - starts[first], query_start_loc=cut, seq_lens=metadata.seq_lens[first:n],
-            block_table=metadata.block_table[first:n], slot_mapping=metadata.slot_mapping[starts[first] :],
+            max_seq_len=max(lengths[first:n]), block_table=metadata.block_table[first:n],
+            slot_mapping=metadata.slot_mapping[starts[first] :],
         )  # fmt: skip
         return made, starts[first]
 

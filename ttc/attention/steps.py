@@ -104,6 +104,9 @@ class Planner:
             factors
         )  # the part of the layers that score pages
         self.shared: dict[Any, Tensor] = {}  # choices that later steps may take over
+        self.below: dict[
+            KvSetting, float
+        ] = {}  # contexts up to which a row with this setting reads everything
         self.mark: Any = None
         self.age = 0  # steps that they have served
 
@@ -121,6 +124,18 @@ class Planner:
         """The context, in tokens, up to which a row reads everything."""
         return self._overhead(setting).dense_below(setting, self.page)
 
+    def _all_dense(self, settings: Sequence[Row | None], lengths: Sequence[int]) -> bool:
+        """Whether no row is long enough to read a part: known at once, so that staying dense costs nothing."""
+        for row, length in zip(settings, lengths, strict=False):
+            if row is None:
+                continue
+            below = self.below.get(row.setting)
+            if below is None:
+                below = self.below[row.setting] = self.dense_below(row.setting)
+            if length > below:
+                return False
+        return True
+
     def step(
         self, lengths: Sequence[int], fresh: Sequence[int], prefilling: Sequence[bool], tables: Tensor
     ) -> Step | None:
@@ -128,7 +143,8 @@ class Planner:
         first. None if all of it is dense."""
         rows = next((i for i, new in enumerate(fresh) if new != 1 or prefilling[i]), len(fresh))
         settings = [self.batch.rows.get(i) for i in range(rows)]
-        if not any(settings):
+        if not any(settings) or (self.options.when != "always" and self._all_dense(settings, lengths)):
+            self.mark = None
             return None
         pages = [-(-length // self.page) for length in lengths[:rows]]
         kept = {

@@ -230,9 +230,14 @@ def main(
         share_layers=share_layers, share_steps=share_steps, model=model, engine_args=dict(engine_args or {}),
     )  # fmt: skip
     say = Console(stderr=True, highlight=False).print
-    rows = []
+    rows, failed = [], []
     for cell in cells:
-        rows.append(row(_in_process(cell)))
+        try:
+            rows.append(row(_in_process(cell)))
+        except EngineError as error:
+            failed.append(str(error))
+            say(failed[-1])
+            continue
         best = max(arm.get("speedup", 0.0) for arm in rows[-1]["arms"])
         say(f"{cell.batch} × {cell.context:,}: {best:.1f}×")
     report = {
@@ -243,21 +248,31 @@ def main(
     }  # fmt: skip
     if as_json:
         print(json.dumps(report))
-        return
-    _print(report)
+    elif rows:
+        _print(report)
+    if failed:
+        raise EngineError("; ".join(failed))
 
 
 def _in_process(cell: Cell) -> dict[str, Any]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) // 2))
-    made = subprocess.run(
-        [sys.executable, "-m", "ttc.bench.decode", json.dumps(asdict(cell))], text=True, capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-    )  # fmt: skip
-    if made.returncode:
-        last = made.stderr.strip().splitlines()[-1:] or ["no word"]
-        raise EngineError(f"bench: {cell.batch} × {cell.context} failed: {last[0]}")
-    found: dict[str, Any] = json.loads(made.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "cell.json"
+        made = subprocess.run(
+            [sys.executable, "-m", "ttc.bench.decode", json.dumps(asdict(cell)), str(out)], text=True, capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+        if made.returncode:
+            words = "killed, perhaps for want of memory" if made.returncode == -9 else _last_line(made.stderr)
+            raise EngineError(f"bench: {cell.batch} × {cell.context} failed: {words}")
+        found: dict[str, Any] = json.loads(out.read_text())
     return found
+
+
+def _last_line(text: str) -> str:
+    """The error that a process ended with."""
+    lines = [line for line in text.strip().splitlines() if line and not line[0].isspace()]
+    return lines[-1] if lines else "no word"
 
 
 def _processor() -> str:
@@ -311,4 +326,4 @@ def _print(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(json.dumps(measure(Cell(**(given | {"budgets": tuple(given["budgets"])})))))
+    Path(sys.argv[2]).write_text(json.dumps(measure(Cell(**(given | {"budgets": tuple(given["budgets"])})))))
