@@ -319,13 +319,13 @@ def test_a_kv_budget_rides_with_each_call(engine: OpenAIEngine) -> None:
     [problem] = sums(1)
     problem = Problem(
         "long",
-        ({"role": "user", "content": problem.messages[0]["content"].replace(" =", " + 37" * 24 + " =")},),
+        ({"role": "user", "content": problem.messages[0]["content"].replace(" =", " + 37" * 60 + " =")},),
     )
     settings = {
         "policy": "self-consistency?n=1",
         "budget": "2k tokens",
         "temperature": 0.0,
-        "max_thinking_tokens": 300,
+        "max_thinking_tokens": 200,
     }
 
     def solved(**more: object) -> tuple[str, float]:
@@ -334,7 +334,7 @@ def test_a_kv_budget_rides_with_each_call(engine: OpenAIEngine) -> None:
         return result.branches[0].completion.text, result.charge.kv_tokens
 
     dense, read = solved()
-    narrow, less = solved(kv_budget=32, kv_method="streaming")
+    narrow, less = solved(kv_budget=128, kv_method="streaming")
     assert narrow != dense
     assert solved(kv_budget=4096) == (dense, read)
     assert less < read
@@ -342,10 +342,10 @@ def test_a_kv_budget_rides_with_each_call(engine: OpenAIEngine) -> None:
     control = Control(("Wait",), (7,))
     wants = [
         Request(problem, i, i, 60, Sampling(0.0), control=control, kv_budget=kv)
-        for i, kv in enumerate((None, 32, 4096))
+        for i, kv in enumerate((None, 128, 4096))
     ]
     texts = [done.text for done in collect(engine, wants)]
     assert texts[0] == texts[2] != texts[1]
     assert all("Wait" in text for text in texts)
-    with pytest.raises(InputError, match="kv-budget: 16 tokens is under one page of 32"):
-        solved(kv_budget=16)
+    with pytest.raises(InputError, match="kv-budget: 64 tokens is under one page of 128"):
+        solved(kv_budget=64)
