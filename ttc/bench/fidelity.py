@@ -156,15 +156,17 @@ def run(study: Study, say: Any = print, out: Path | None = None) -> list[dict[st
 
 
 def _stored(study: Study, out: Path | None) -> list[dict[str, Any]]:
-    """The rows that ``out`` has; a new file is begun with what the study is. Raises InputError for a file of another study."""
+    """The rows that ``out`` has, but for a torn last one; a new file is begun with what the study is. Raises InputError for a file of
+    another study."""
     if out is None:
         return []
     mine = json.loads(json.dumps(asdict(study)))
     try:
-        lines = out.read_text().splitlines() if out.exists() else []
-        head, *rows = [json.loads(line) for line in lines] or [{"study": mine}]
-        if not lines:
-            out.write_text(json.dumps(head) + "\n")
+        text = out.read_text() if out.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        head, *rows = [json.loads(line) for line in whole.splitlines()] or [{"study": mine}]
+        if not whole or whole != text:
+            out.write_text(whole or json.dumps(head) + "\n")
     except (OSError, ValueError) as error:
         raise InputError(f"--out {out}: can't be used ({error}); give another file") from None
     if not isinstance(head, dict) or head.get("study") != mine:
