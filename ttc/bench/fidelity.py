@@ -156,8 +156,8 @@ def run(study: Study, say: Any = print, out: Path | None = None) -> list[dict[st
 
 
 def _stored(study: Study, out: Path | None) -> list[dict[str, Any]]:
-    """The rows that ``out`` has, but for a torn last one; a new file is begun with what the study is. Raises InputError for a file of
-    another study."""
+    """The rows that ``out`` has, but for a torn last one; a new file is begun with what the study is. Raises InputError for a file
+    of another study."""
     if out is None:
         return []
     mine = json.loads(json.dumps(asdict(study)))
