@@ -283,12 +283,14 @@ def _sparse(text: str, page: int | None, method: str | None) -> tuple[list[int],
 
 
 def _check_writable(out: Path) -> None:
+    import os
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a"):
-            pass
     except OSError as error:
         raise InputError(f"--out {out}: can't be written ({error.strerror}); give another file") from None
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise InputError(f"--out {out}: can't be written (a folder, or no permission); give another file")
 
 
 def _whole(name: str, text: str) -> list[int]:
