@@ -10,6 +10,9 @@ for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluat
 .venv/bin/python -m ttc.rl.figures
 $ttc bench overhead --http
 $ttc bench cost
+for context in 4096 16384 32768; do $ttc bench decode --contexts $context --batches 1,8,32 --memory 9; done
+$ttc bench fidelity -m nano-m -t "rg:chain_sum?min_terms=16&max_terms=24&min_digits=1&max_digits=1" --problems 60 --samples 4 \
+  --budgets 128,256,512 --thinking 1536 --caps 512
 pools=${POOLS:-../shared/pools}
 if [ -d "$pools" ]; then
   .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 100 --out runs/policies
