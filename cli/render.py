@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ttc.budget import Budget, format_amount
@@ -26,8 +26,10 @@ _REFRESH_SECONDS = 0.2
 
 
 class _Facts(ProgressColumn):
+    """What there is to say, in one line; what a narrow terminal has no room for is cut off."""
+
     def render(self, task: Task) -> Text:
-        return Text(str(task.fields["facts"]))
+        return Text(str(task.fields["facts"]), no_wrap=True, overflow="ellipsis")
 
 
 class Live:
@@ -44,7 +46,7 @@ class Live:
     def __enter__(self) -> Live:
         if not self.quiet and self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("solving"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"), _Facts(),
+                BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"), _Facts(Column(no_wrap=True)),
                 console=self.console, transient=True, refresh_per_second=5,
             )  # fmt: skip
             self._task = self._progress.add_task("solve", total=self.problems, facts="")
@@ -72,15 +74,16 @@ class Live:
         unit = self.budget.unit
         whole = self.budget.amount * (status.problems if self.budget.scope == "problem" else 1)
         spent = spent_in(unit, status.charge) if unit != "seconds" else status.seconds
-        tokens = status.charge.tokens + status.running_tokens
+        tokens = status.charge.tokens - status.replayed_tokens + status.running_tokens
+        low, high = wilson(status.correct, status.scored)
         parts = [
-            f"{format_amount(spent, unit)} of {format_amount(whole, unit)}",
+            f"{_without_unit(format_amount(spent, unit), unit)} of {format_amount(whole, unit)}",
+            f"accuracy {status.correct / status.scored:.1%} ({low:.0%} to {high:.0%})"
+            if status.scored
+            else "",
             f"{tokens / status.seconds:,.0f} tok/s" if status.seconds else "",
             f"{status.running} running",
         ]
-        if status.scored:
-            low, high = wilson(status.correct, status.scored)
-            parts.append(f"accuracy {status.correct / status.scored:.1%} ({low:.0%} to {high:.0%})")
         return "  ".join(part for part in parts if part)
 
 
@@ -124,8 +127,8 @@ def print_line(problem: Problem, result: Result, console: Console = stderr) -> N
     console.print(line, overflow="ellipsis", no_wrap=True)
 
 
-def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None:
-    """The closing table of a run."""
+def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, replayed_tokens: int = 0) -> None:
+    """The closing table of a run, of whose tokens ``replayed_tokens`` were spent before this session."""
     spent, budget = summary["spent"], summary["budget"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -157,8 +160,9 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None
         )
     if spent["dollars"]:
         table.add_row("price", f"${spent['dollars']:.4g}")
-    rate = spent["tokens"] / spent["seconds"] if spent["seconds"] else 0.0
-    table.add_row("time", f"{spent['seconds']:.1f} s  ({rate:,.0f} tokens a second)")
+    rate = (spent["tokens"] - replayed_tokens) / spent["seconds"] if spent["seconds"] else 0.0
+    since = " since it was resumed" if replayed_tokens else ""
+    table.add_row("time", f"{spent['seconds']:.1f} s{since}  ({rate:,.0f} tokens a second)")
     whole = format_amount(budget["amount"], budget["unit"])
     over = (
         f"exceeded by {format_amount(summary['overrun'], budget['unit'])}" if summary["overrun"] else "kept"
@@ -167,6 +171,10 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout) -> None
         "budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}"
     )
     console.print(table)
+
+
+def _without_unit(amount: str, unit: str) -> str:
+    return amount.removesuffix(f" {unit}")
 
 
 def _kinds(spent: Mapping[str, float]) -> str:

@@ -286,9 +286,9 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
     elif single and results:
         print_answer(run.problems[0], results[0])
         if not run.interrupted:
-            print_summary(summary)
+            print_summary(summary, replayed_tokens=run.status.replayed_tokens)
     else:
-        print_summary(summary)
+        print_summary(summary, replayed_tokens=run.status.replayed_tokens)
     if run.interrupted:
         done = f"{len(results)} of {len(run.problems)} problems are done"
         how = (

@@ -149,7 +149,7 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
     )
     second = json.loads(again.stdout)
     assert second["resumed"] == 12
-    for same in ("correct", "accuracy", "stopped"):
+    for same in ("correct", "accuracy", "stopped", "samples"):
         assert second[same] == summary[same]
     assert second["spent"]["tokens"] == summary["spent"]["tokens"]
 

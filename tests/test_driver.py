@@ -403,12 +403,14 @@ def test_stop_saves_what_runs_and_the_rest_is_resumed(tmp_path: Path) -> None:
 
     again = Ledger.open(tmp_path, {"seed": 0})
     assert sum(len(c) for c in again.interrupted.values()) > 0
-    results = list(
-        make_driver(FakeEngine(), parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=again).run(
-            make_problems(10)
-        )
-    )
+    fresh = FakeEngine()
+    resumed = make_driver(fresh, parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=again)
+    results = list(resumed.run(make_problems(10)))
     again.close()
+    status = resumed.status
+    assert status.replayed_tokens == driver.status.charge.tokens
+    assert status.charge.tokens - status.replayed_tokens == fresh.counters().output_tokens
+    assert status.samples == 40
     assert len(results) == 10
     assert all(r.answer for r in results)
 

@@ -107,6 +107,8 @@ class Closing:
             status.correct += result.verdict.correct
         if replayed:
             status.charge = status.charge + result.charge
+            status.replayed_tokens += result.charge.tokens
+            status.samples += self.ledger.samples(result.problem_id)
 
 
 def _judged(

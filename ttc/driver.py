@@ -237,6 +237,7 @@ class Driver:
         for charge in self.ledger.interrupted.get(job.problem.id, ()):
             self._pay(job, charge)
             self.closing.charge(job, charge)
+            self.status.replayed_tokens += charge.tokens
         try:
             job.routine = self.policy.run(job.problem, job.brief)
             self.advance(job, None)
@@ -443,6 +444,7 @@ class Driver:
             self.status.samples += 1
         if replayed:
             self._pay(job, branch.charge)
+            self.status.replayed_tokens += branch.charge.tokens
             job.started += 1
             self.cashier.learn(branch)
         if job.failed:

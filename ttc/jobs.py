@@ -121,7 +121,8 @@ class Flight:
 
 @dataclass(slots=True)
 class Status:
-    """Where a run is; read by the progress display after each step."""
+    """Where a run is; read by the progress display after each step. ``charge`` and ``samples`` are the whole run's,
+    ``replayed_tokens`` of them spent before this session, ``seconds`` this session's."""
 
     problems: int = 0
     done: int = 0
@@ -133,3 +134,4 @@ class Status:
     charge: Charge = Charge()
     seconds: float = 0.0
     running_tokens: int = 0
+    replayed_tokens: int = 0

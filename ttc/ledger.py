@@ -126,6 +126,10 @@ class Ledger:
                 return recorded.order, recorded.branch
         return None
 
+    def samples(self, problem_id: str) -> int:
+        """The branches of a problem that earlier sessions wrote down."""
+        return sum(len(found) for (problem, _), found in self._recorded.items() if problem == problem_id)
+
     # -- writing -----------------------------------------------------------------------------------------------------------
     def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
         if not self._files:
