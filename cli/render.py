@@ -78,9 +78,7 @@ class Live:
         low, high = wilson(status.correct, status.scored)
         parts = [
             f"{_without_unit(format_amount(spent, unit), unit)} of {format_amount(whole, unit)}",
-            f"accuracy {status.correct / status.scored:.1%} ({low:.0%} to {high:.0%})"
-            if status.scored
-            else "",
+            f"{status.correct / status.scored:.1%} right ({low:.0%} to {high:.0%})" if status.scored else "",
             f"{tokens / status.seconds:,.0f} tok/s" if status.seconds else "",
             f"{status.running} running",
         ]
