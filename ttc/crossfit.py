@@ -37,7 +37,7 @@ OURS = (
     "adaptive?price=0.02",
     "adaptive?width=3",
     "adaptive?width=16",
-    "adaptive?width=24&price=0.0003",
+    "adaptive?width=24&price=0&early=1",
 )
 SLACK = 0.005
 """The accuracy that a fitted price may give up against the best one."""
