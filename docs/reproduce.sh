@@ -9,15 +9,21 @@ for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluat
 .venv/bin/python -m ttc.rl.family --speed
 .venv/bin/python -m ttc.rl.figures
 $ttc bench overhead --http
+$ttc bench policies --problems 200 --seeds 3 -p adaptive -p 'adaptive?price=0.01' -p 'adaptive-consistency?n=8' -p 'self-consistency?n=8' \
+  -p 'best-of-n?n=4&score=self-certainty' --json
 $ttc bench cost
 for context in 4096 16384 32768; do $ttc bench decode --contexts $context --batches 1,8,32 --memory 9; done
 $ttc bench fidelity -m nano-m -t "rg:chain_sum?min_terms=16&max_terms=24&min_digits=1&max_digits=1" --problems 60 --samples 4 \
   --budgets 128,256,512 --thinking 1536 --caps 512
 pools=${POOLS:-../shared/pools}
 if [ -d "$pools" ]; then
-  .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 100 --out runs/policies
+  .venv/bin/python -m ttc.simulate fit "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --shuffles 40 --out runs/policies
   .venv/bin/python -m ttc.simulate budgets "$pools/qwen3-8b_aime24.json" "$pools/qwen3-8b_aime25.json" --out runs/policies
   cp runs/policies/policies.png docs/policies.png
+  for pool in "$pools"/qwen3-8b_aime2?.json; do
+    $ttc simulate --pool "$pool" --policy 'adaptive?width=24&price=0&early=1'
+    $ttc simulate --pool "$pool" --policy parallel-probe --free-probes
+  done
   for task in aime24 aime25; do
     $ttc frontier "$pools/accuracy_vs_tokens.json" "$pools/accuracy_vs_kv_budget.json" "$pools/qwen3-8b_$task.json" \
       --task $task --allocate 1e16 --allocate 1e17 --plot runs/frontier_$task.png
