@@ -212,7 +212,7 @@ def _self_consistency(pool: Pool, shuffles: int) -> list[Point]:
 
 def _short(policy: Policy) -> str:
     """A policy with only the options that are not the defaults."""
-    plain = {f"{k}={v}" for k, v in ((n, getattr(Adaptive(), n)) for n in Adaptive.__dataclass_fields__)}
+    plain = set(describe(Adaptive()).partition("?")[2].split("&"))
     name, _, options = describe(policy).partition("?")
     own = [o for o in options.split("&") if o not in plain]
     return f"{name}?{'&'.join(own)}" if own else name
