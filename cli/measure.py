@@ -172,6 +172,10 @@ def study(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="Tasks, easy to hard (sums, if not given).")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File of what is done; the same command goes on from there."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """What steering and search buy on an embedded reasoner, at equal token budgets: the tables of docs/steering.md."""
@@ -179,7 +183,7 @@ def study(
 
     main(
         part=part, model=model, problems=problems, seeds=seeds, budget=budget, thinking=thinking, reward=reward,
-        tasks=task or (), as_json=as_json,
+        tasks=task or (), as_json=as_json, out=out,
     )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def solve(
     kv_page: Annotated[int | None, typer.Option(help="Tokens of a KV page: what is chosen or not (32 with --kv-budget).")] = None,
     kv_when: Annotated[str | None, typer.Option(help="Read a part where that is faster (if not given), cheaper or always.")] = None,
     think_close: Annotated[str | None, typer.Option(help="What ends a thought, if the model's files don't tell.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Scores for a policy: nano-s-process, vllm:MODEL, http://HOST:PORT.")] = None,
     verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
     concurrency: Annotated[int, typer.Option(help="Branches in flight.")] = 64,
@@ -91,6 +92,7 @@ def solve(
     from ttc.api import DEFAULT_MODEL, Settings
     from ttc.attention.settings import check_when
     from ttc.problems import load
+    from ttc.rewards import load_reward
 
     price = {
         k: v
@@ -123,6 +125,7 @@ def solve(
         page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
         options |= {} if page is None else {"kv_page": page}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
+    judge = load_reward(reward) if reward is not None else None
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 
@@ -131,7 +134,7 @@ def solve(
         if skip_bad_rows:
             problems, long = _without_too_long(problems, opened, effort)
             skipped += long
-        run = Run(problems, opened, settings, out=out, skipped_rows=skipped)
+        run = Run(problems, opened, settings, out=out, skipped_rows=skipped, reward=judge)
         results = _follow(run, quiet=quiet or as_json, lines=len(problems) > 1)
         _close(run, results, as_json=as_json, out=out, single=len(problems) == 1 and text is not None)
 

@@ -147,19 +147,25 @@ class Dvts:
 class Particles:
     """Particle filtering (Puri et al., arXiv 2502.01618, Algorithm 1): ``n`` chains each take a step, and are then drawn anew, in
     proportion to softmax(logit(score)), by systematic resampling; ended ones take part. ``entropic`` flattens weights that
-    collapse early (arXiv 2510.05825; its annealing, not its look-ahead)."""
+    collapse early (arXiv 2510.05825; its annealing, not its look-ahead): an effective sample size below ``collapse`` of ``n`` in
+    the first ``early`` of ``most`` steps. Where scores lie so close that this never happens, it is plain particle filtering."""
 
     n: int = 8
     step: str = ""
     tokens: int = 48
     most: int = 40
     entropic: bool = False
+    collapse: float = 0.5
+    early: float = 0.5
     select: Select = "weighted"
     name = "particles"
     needs: ClassVar[tuple[str, ...]] = ("steps", "reward")
 
     def __post_init__(self) -> None:
         _check(self)
+        for field in ("collapse", "early"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise InputError(f"policy: {field}={getattr(self, field):g}; give a share, 0 to 1")
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         walk = Walk(problem, brief, self.step, self.tokens, self.most)
@@ -178,7 +184,9 @@ class Particles:
             if all(chain.ended for chain in particles):
                 break
             scores = [chain.score for chain in particles]
-            heat = annealed(scores, done / self.most) if self.entropic else 1.0
+            heat = 1.0
+            if self.entropic:
+                heat = annealed(scores, done / self.most, collapse=self.collapse, early=self.early)
             particles = [particles[i] for i in systematic(shares(scores, heat), self.n, rng)]
         ended = [chain for chain in particles if chain.ended]
         return (yield from _ended(walk, ended, [c for c in particles if not c.ended], self.select))

@@ -37,6 +37,7 @@ from ttc.policies import parse as parse_policy
 from ttc.policies.planned import plan_policy
 from ttc.pricing import Pricer
 from ttc.problems import from_text, problem_to_json
+from ttc.rewards import Scorer, check_process, load_reward, reward_name
 from ttc.summary import summarise
 from ttc.types import Brief, Problem, Result, Sampling
 
@@ -128,13 +129,14 @@ class Run:
         settings: Settings | None = None,
         *,
         out: str | os.PathLike[str] | None = None,
-        reward: RewardModel | None = None,
+        reward: RewardModel | Scorer | str | None = None,
         on_step: Callable[[Status], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         skipped_rows: Sequence[str] = (),
     ) -> None:
         settings = settings or Settings()
         settings.check()
+        self.reward = load_reward(reward) if reward is not None else None
         self.policy, self.budget = settings.resolved()
         self.problems, self.engine, self.settings = list(problems), engine, settings
         self.skipped_rows = tuple(skipped_rows)
@@ -146,7 +148,9 @@ class Run:
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
-        _check_needs(self.policy, info.signals, info.name, has_reward=reward is not None)
+        _check_needs(self.policy, info.signals, info.name, has_reward=self.reward is not None)
+        if self.reward is not None and "steps" in getattr(self.policy, "needs", ()):
+            check_process(self.reward, self.policy.name)
         _check_effort(self.policy, self.problems, engine)
         brief = Brief(
             seed=settings.seed,
@@ -172,7 +176,7 @@ class Run:
         self.resumed = len(self.ledger.results)
         self.driver = Driver(
             engine, self.policy, self.budget, self.jury, self.ledger, pricer,
-            brief=brief, reward=reward, clock=clock, on_step=on_step,
+            brief=brief, reward=self.reward, clock=clock, on_step=on_step,
         )  # fmt: skip
         self.jury.start(job.problem for job in jobs if job.problem.id not in self.ledger.results)
         self._results: list[Result] = []
@@ -255,6 +259,7 @@ class Run:
             "thinking_limit": self.thinking_limit,
             "intensity": settings.intensity,
             "price": dict(settings.price),
+            "reward": reward_name(self.reward) if self.reward is not None else None,
             "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},
             "concurrency": info.concurrency,
             "versions": {"ttc": version("ttc"), "python": platform.python_version()},
@@ -300,7 +305,8 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_rew
     for need in getattr(policy, "needs", ()):
         if need == "reward" and not has_reward:
             raise InputError(
-                f"policy: {policy.name} scores with a reward model; pass reward=, or score by a confidence"
+                f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as nano-s-process, or score"
+                " by a confidence"
             )
         if need not in ("reward", "control", "steps", "effort", "insert") and need not in signals:
             known = ", ".join(signals) or "none"
@@ -360,9 +366,10 @@ def _sampling(own: Sampling, settings: Settings) -> Sampling:
 
 def run(
     problems: Sequence[Problem], *, engine: Engine, out: str | os.PathLike[str] | None = None,
-    reward: RewardModel | None = None, **settings: Any,
+    reward: RewardModel | Scorer | str | None = None, **settings: Any,
 ) -> Iterator[Result]:  # fmt: skip
-    """Solve ``problems`` on an open engine; yields each ``Result`` as it is done. ``settings`` are those of ``Settings``."""
+    """Solve ``problems`` on an open engine; yields each ``Result`` as it is done. ``settings`` are those of ``Settings``,
+    ``reward`` is a reward model, its name, or a callable (``ttc.rewards``)."""
     yield from Run(problems, engine, Settings(**settings), out=out, reward=reward).results()
 
 

@@ -33,6 +33,7 @@ COMPARED = (
     "kv_budget",
     "kv_method",
     "price",
+    "reward",
     "schema",
 )
 """The keys of run.json that must be the same for a run to be resumed."""

@@ -59,6 +59,20 @@ def test_annealing_flattens_only_what_collapses_early() -> None:
     assert effective(shares(collapsed, annealed(collapsed, 0.1))) > effective(shares(collapsed))
 
 
+def test_the_entropic_variant_differs_where_weights_collapse_and_only_there() -> None:
+    """Hashes as scores collapse often; with a collapse of 0 nothing counts as one, and it is particle filtering to the letter."""
+    plain, never, often = (
+        [r.answer for r in solve(text, count=20)[0]]
+        for text in (
+            "particles?n=4&tokens=20",
+            "particles?n=4&tokens=20&entropic=1&collapse=0",
+            "particles?n=4&tokens=20&entropic=1",
+        )
+    )
+    assert plain == never
+    assert plain != often
+
+
 # -- on the fake engine ----------------------------------------------------------------------------------------------------------
 def chance(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
@@ -198,6 +212,8 @@ def test_a_run_is_repeated_by_its_seed() -> None:
         ("particles?tokens=-1", "tokens=-1"),
         ("particles?most=0", "most=0"),
         ("particles?select=first", "select"),
+        ("particles?collapse=1.5", "collapse=1.5"),
+        ("particles?early=nan", "early=nan"),
     ],
 )
 def test_options_without_sense_are_refused(text: str, words: str) -> None:

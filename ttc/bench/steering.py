@@ -19,6 +19,7 @@ from ttc.errors import InputError
 
 TRIGGER = "Wait! Maybe I made some mistakes! I need to rethink from scratch."
 ARMS = ("bare", "in-engine", "resubmit")
+KINDS = ("no instructions", "thinking", "forcing 1 in 16", "guarding the end", "guarding, top-p")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,10 @@ class Bench:
         return total
 
 
-def processor_seconds(rows: int, vocab: int, *, steps: int = 200, due: bool = True) -> dict[str, float]:
+def processor_seconds(rows: int, vocab: int, *, steps: int = 60) -> dict[str, float]:
     """Median seconds of one step of the processor with ``rows`` rows (update and apply, on the CPU): without instructions, with all
-    thinking and nothing due, and with one row in sixteen forcing a token at each step."""
+    thinking and nothing due, with one row in sixteen forcing a token at each step, and with the end of every thought to be replaced
+    (budget forcing: whether it comes is drawn at each step), without and with top-p."""
     import torch
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
@@ -134,7 +136,7 @@ def processor_seconds(rows: int, vocab: int, *, steps: int = 200, due: bool = Tr
     from ttc.engine.control import ControlProcessor
 
     found = {}
-    for kind in ("no instructions", "thinking", "forcing 1 in 16"):
+    for kind in KINDS:
         processor = ControlProcessor(None, torch.device("cpu"), False)
         outputs: list[list[int]] = [[] for _ in range(rows)]
         added = []
@@ -142,9 +144,14 @@ def processor_seconds(rows: int, vocab: int, *, steps: int = 200, due: bool = Tr
             told: dict[str, Any] = {"think_close": [vocab - 1], "close": [vocab - 1], "due": 10**6}
             if kind.startswith("forcing") and row % 16 == 0:
                 told |= {"triggers": [[7] * 10**5], "at": [1]}
+            if kind.startswith("guarding"):
+                told |= {"triggers": [[7]], "at_end": 1, "seed": row}
             extra = None if kind == "no instructions" else {"ttc": told}
-            added.append((row, SamplingParams(extra_args=extra, stop_token_ids=[vocab - 2]), None, output))
-        logits = torch.zeros(rows, vocab)
+            top_p = 0.95 if kind.endswith("top-p") else 1.0
+            params = SamplingParams(extra_args=extra, stop_token_ids=[vocab - 2], top_p=top_p)
+            added.append((row, params, None, output))
+        drawn = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3
+        logits = drawn.clone()
         times = []
         for step in range(steps):
             update = BatchUpdate(rows, (), tuple(added), ()) if step == 0 else None
@@ -152,10 +159,10 @@ def processor_seconds(rows: int, vocab: int, *, steps: int = 200, due: bool = Tr
             processor.update_state(update)
             processor.apply(logits)
             times.append(time.perf_counter() - start)
-            logits.zero_()
+            logits.copy_(drawn)
             for output in outputs:
                 output.append(5)
-        found[kind] = statistics.median(times[10:])
+        found[kind] = statistics.median(times[5:])
     return found
 
 
@@ -223,7 +230,7 @@ def _print(report: dict[str, Any]) -> None:
         )  # fmt: skip
     stdout.print(table)
     steps = Table(title="The processor alone, microseconds a step", title_justify="left")
-    for heading in ("rows", "no instructions", "thinking", "forcing 1 in 16"):
+    for heading in ("rows", *KINDS):
         steps.add_column(heading, justify="left" if heading == "rows" else "right")
     for rows, found in report["processor_us"].items():
         steps.add_row(rows, *(f"{value:,.0f}" for value in found.values()))

@@ -2,20 +2,27 @@
 
 Four parts, each one command: ``deepening`` (iterative deepening against plain chains and uniform triggers, by difficulty),
 ``forcing`` (s1's curve), ``anytime`` (the answer a chain would give after so many tokens), ``search`` (beam, DVTS and particles
-against best-of-n and weighted votes with the same reward model). All arms of a part run on one engine in one process. Accuracy is
-the mean over run seeds; intervals are 95 %, bootstrapped over problems, and differences are paired by problem.
+against best-of-n and weighted votes with the same reward model). Accuracy is the mean over run seeds; intervals are 95 %,
+bootstrapped over problems, and differences are paired by problem.
+
+With ``--out`` each arm's results of a task and seed are kept as they are done, and the same command goes on from there; none
+depends on what ran before it. What ``search`` is held against: chains drawn once and scored once, and what best-of-n, the
+weighted vote and the plain one make of the first n of them. The difference is to the same **at the search's own tokens**, what
+the reward model reads included: between the n that costs less and the one that costs more, in proportion.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttc.errors import InputError
-from ttc.types import Brief, Generate, Outcome, Problem, Result, Routine
+from ttc.errors import InputError, TTCError
+from ttc.samplers import Parallel, best, leader, tally
+from ttc.types import Brief, Generate, Outcome, Problem, Result, Routine, Score
 
 if TYPE_CHECKING:
     from ttc.engine.protocol import Engine
@@ -31,20 +38,24 @@ DEEPENING = {
     "plain": PLAIN,
     "uniform triggers, every 64": UNIFORM,
     "iterative deepening, 32 x 2": "iterative-deepening?n=16&first=32&growth=2",
+    "iterative deepening, 96 x 2": "iterative-deepening?n=16&first=96&growth=2",
     "the same, finished chains reopened": "iterative-deepening?n=16&first=32&growth=2&reopen=1",
     "budget forcing, once": "budget-forcing?n=16&trigger=Wait",
 }
 SEARCH = {
-    "best-of-n, reward model": "best-of-n?n=4&score=reward",
-    "self-consistency": "self-consistency?n=4",
-    "weighted vote, reward model": "weighted-vote?n=4&weight=reward",
-    "beam": "beam?n=4&width=2&step=;",
-    "dvts": "dvts?n=4&width=2&step=;",
+    "beam, width 2": "beam?n=4&width=2&step=;",
+    "dvts, width 2": "dvts?n=4&width=2&step=;",
     "particles": "particles?n=4&step=;",
     "particles, entropic": "particles?n=4&step=;&entropic=1",
 }
+FIRST_N = (1, 2, 4, 8)
+"""Chains that best-of-n and the votes choose among; of one problem, the first of the same eight."""
 EXTENDS = (0, 1, 2, 3, 4)
 CAPS = (8, 16, 32, 64, 128, 256)
+RULES = ("best-of-n", "weighted vote", "self-consistency")
+COSTS = ("tokens", "forced", "judge", "branches", "triggers")
+EVERY = 8
+PLENTY = "100k tokens"
 PARTS = ("deepening", "forcing", "anytime", "search")
 
 
@@ -52,7 +63,7 @@ PARTS = ("deepening", "forcing", "anytime", "search")
 class Anytime:
     """One chain, asked every ``every`` tokens for the answer it would give."""
 
-    every: int = 8
+    every: int = EVERY
     name = "anytime"
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
@@ -61,29 +72,92 @@ class Anytime:
         return Outcome(branch.vote, "samples", {branch.vote: 1.0} if branch.vote else {})
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """``n`` chains and the reward model's score of each, kept in ``scores`` by problem."""
+
+    n: int = FIRST_N[-1]
+    name = "scored"
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        branches = yield from Parallel(self.n).run(problem, brief)
+        reply = yield Score(branches, why="reward model")
+        self.scores[problem.id] = list(reply.scores)
+        return Outcome(leader(tally(branches), brief.seed), "samples", tally(branches))
+
+
+Cell = dict[str, Any]
+"""What is kept of one policy on one task with one seed: lists over the problems, in their order."""
+
+
 @dataclass(slots=True)
 class Study:
-    """The problems of ``tasks``, by task, and how every arm runs over them."""
+    """The problems of ``tasks``, by task, and how every arm runs over them. ``out``: a file of finished cells, one a line."""
 
     engine: Engine
     problems: dict[str, list[Problem]]
     seeds: int
     thinking: int
-    reward: Any = None
+    reward: str = ""  # the reward model's name; each cell loads it anew, for it keeps what it has read
+    out: Path | None = None
+    _done: dict[str, Cell] = field(default_factory=dict)
 
-    def results(self, task: str, policy: Any, budget: str) -> list[list[Result]]:
-        """Results of a policy: one list a seed, in the problems' order."""
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.exists():
+            for line in self.out.read_text().splitlines():
+                row = json.loads(line)
+                self._done[row["key"]] = row["cell"]
+
+    def cells(self, task: str, policy: str, budget: str) -> list[Cell]:
+        """One a seed."""
+        return [self.cell(task, policy, budget, seed) for seed in range(self.seeds)]
+
+    def cell(self, task: str, policy: str, budget: str, seed: int) -> Cell:
+        key = json.dumps(
+            [
+                self.engine.info.model,
+                self.reward,
+                task,
+                len(self.problems[task]),
+                self.thinking,
+                budget,
+                policy,
+                seed,
+            ]
+        )
+        if key not in self._done:
+            cell = self._done[key] = self._run(task, policy, budget, seed)
+            if self.out is not None:
+                with self.out.open("a") as file:
+                    file.write(json.dumps({"key": key, "cell": cell}) + "\n")
+        return self._done[key]
+
+    def _run(self, task: str, policy: str, budget: str, seed: int) -> Cell:
         from ttc.api import Run, Settings
 
-        found = []
-        for seed in range(self.seeds):
-            settings = Settings(policy=policy, budget=budget, seed=seed, max_thinking_tokens=self.thinking)
-            by_id = {
-                r.problem_id: r
-                for r in Run(self.problems[task], self.engine, settings, reward=self.reward).results()
-            }
-            found.append([by_id[p.id] for p in self.problems[task]])
-        return found
+        problems = self.problems[task]
+        chosen: Any = {"anytime": Anytime(), "scored": Scored()}.get(policy, policy)
+        settings = Settings(policy=chosen, budget=budget, seed=seed, max_thinking_tokens=self.thinking)
+        by_id = {
+            r.problem_id: r
+            for r in Run(problems, self.engine, settings, reward=self.reward or None).results()
+        }
+        results = [by_id[p.id] for p in problems]
+        if failed := next((r for r in results if r.error), None):
+            raise TTCError(f"study: {failed.problem_id} failed under {policy}: {failed.error}")
+        cell: Cell = {"right": [_right(r) for r in results]} | _costs(results)
+        if policy == "anytime":
+            golds = [problem.gold for problem in problems]
+            cell["length"] = [r.branches[0].completion.output_tokens for r in results]
+            cell["curve"] = [
+                [_right_at(r, at, gold) for at in range(EVERY, self.thinking + 1, EVERY)]
+                for r, gold in zip(results, golds, strict=True)
+            ]
+        if policy == "scored":
+            for n in FIRST_N:
+                cell[str(n)] = [_first(r, chosen.scores[r.problem_id], n, seed) for r in results]
+        return cell
 
     def arms(self, task: str, policies: dict[str, str], budget: str) -> list[dict[str, Any]]:
         """A row of figures per policy; differences are to the first."""
@@ -92,37 +166,83 @@ class Study:
         first: Any = None
         rows = []
         for label, policy in policies.items():
-            begun = time.perf_counter()
-            results = self.results(task, policy, budget)
-            right = np.array([[_right(r) for r in each] for each in results]).mean(0)
+            cells = self.cells(task, policy, budget)
+            right = np.mean([cell["right"] for cell in cells], 0)
             first = right if first is None else first
             rows.append(
                 {"task": task, "arm": label, "policy": policy, "accuracy": _interval(right)}
                 | ({"over_first": _interval(right - first)} if first is not right else {})
-                | _costs(results)
-                | {"seconds": time.perf_counter() - begun}
+                | {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
             )
         return rows
 
-    def anytime(self, task: str, every: int) -> list[dict[str, Any]]:
+    def anytime(self, task: str) -> list[dict[str, Any]]:
         """Accuracy of the answer after so many tokens of one chain; a chain that has ended keeps its answer."""
         import numpy as np
 
-        results = self.results(task, Anytime(every), "100k tokens")
-        gold = {problem.id: problem.gold for problem in self.problems[task]}
-        longest = max(b.completion.output_tokens for each in results for r in each for b in r.branches)
-        rows = []
-        for at in range(every, longest + every, every):
-            right = np.array([[_right_at(r, at, gold[r.problem_id]) for r in each] for each in results]).mean(
-                0
-            )
-            going = np.mean(
-                [b.completion.output_tokens > at for each in results for r in each for b in r.branches]
-            )
+        cells = self.cells(task, "anytime", PLENTY)
+        curve = np.mean([cell["curve"] for cell in cells], 0)
+        lengths = np.array([cell["length"] for cell in cells])
+        return [
+            {"task": task, "tokens": at, "accuracy": _interval(curve[:, k]), "still_thinking": float((lengths > at).mean())}
+            for k, at in enumerate(range(EVERY, self.thinking + 1, EVERY))
+        ]  # fmt: skip
+
+    def search(self, task: str) -> list[dict[str, Any]]:
+        """Rows of what chooses among whole chains, at each n, and of the searches, each over the former at its own tokens."""
+        import numpy as np
+
+        chains = self.cells(task, "scored", PLENTY)
+        rows: list[dict[str, Any]] = []
+        bars: dict[str, list[tuple[Any, float]]] = {}
+        for place, rule in enumerate(RULES):
+            bars[rule] = []
+            for n in FIRST_N:
+                each = np.mean(
+                    [cell[str(n)] for cell in chains], 0
+                )  # (problems, rules + tokens + judge tokens)
+                judge = each[:, -1] if rule != "self-consistency" else np.zeros(len(each))
+                bars[rule].append((each[:, place], each[:, -2].mean() + judge.mean()))
+                row = {"task": task, "arm": f"{rule}, n {n}", "accuracy": _interval(each[:, place])}
+                rows.append(row | {"tokens": float(each[:, -2].mean()), "judge": float(judge.mean())})
+        for label, policy in SEARCH.items():
+            cells = self.cells(task, policy, PLENTY)
+            right = np.mean([cell["right"] for cell in cells], 0)
+            costs = {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
+            over = {
+                rule: _interval(right - _at(bars[rule], costs["tokens"] + costs["judge"])) for rule in RULES
+            }
             rows.append(
-                {"task": task, "tokens": at, "accuracy": _interval(right), "still_thinking": float(going)}
+                {"task": task, "arm": label, "policy": policy, "accuracy": _interval(right), "over": over}
+                | costs
             )
         return rows
+
+
+def _first(result: Result, scores: Sequence[float], n: int, seed: int) -> list[float]:
+    """Of the first ``n`` chains: whether each of ``RULES`` chooses a right answer, their tokens, and what a reward model reads of
+    them."""
+    every = sorted(zip(result.branches, scores, strict=True), key=lambda pair: pair[0].index)
+    branches, weights = [b for b, _ in every[:n]], [s for _, s in every[:n]]
+    favourite = best(branches, weights, seed)
+    answers = (
+        favourite.vote if favourite is not None else None,
+        leader(tally(branches, weights), seed),
+        leader(tally(branches), seed),
+    )
+    unread = sum(b.completion.output_tokens for b, _ in every[n:])
+    tokens = sum(b.completion.output_tokens for b in branches)
+    return [*(float(a in result.right) for a in answers), tokens, result.charge.tokens_judge - unread]
+
+
+def _at(bars: Sequence[tuple[Any, float]], tokens: float) -> Any:
+    """Per problem: how often the rule is right at ``tokens``, in proportion between the n that costs less and the one that costs
+    more; the dearest where none does."""
+    for (below, less), (above, more) in itertools.pairwise(bars):
+        if tokens <= more:
+            share = max(0.0, (tokens - less) / (more - less))
+            return (1 - share) * below + share * above
+    return bars[-1][0]
 
 
 def _right(result: Result) -> float:
@@ -145,25 +265,21 @@ def _interval(row: Any) -> list[float]:
     return [float(value) for value in bootstrap(row)]
 
 
-def _costs(results: Sequence[Sequence[Result]]) -> dict[str, float]:
-    """Means a problem: tokens by kind, branches (steps are branches of their own), triggers begun."""
-    flat = [r for each in results for r in each]
-
-    def mean(of: Callable[[Result], float]) -> float:
-        return sum(map(of, flat)) / len(flat)
-
-    return {
-        "tokens": mean(lambda r: r.charge.tokens - r.charge.tokens_judge),
-        "forced": mean(lambda r: r.charge.tokens_forced),
-        "judge": mean(lambda r: r.charge.tokens_judge),
-        "branches": mean(lambda r: sum(b.finish != "denied" for b in r.branches)),
-        "triggers": mean(lambda r: sum(b.completion.triggers for b in r.branches)),
+def _costs(results: Sequence[Result]) -> dict[str, list[float]]:
+    """Tokens by kind, branches (steps are branches of their own), triggers begun: of each problem."""
+    of: dict[str, Callable[[Result], float]] = {
+        "tokens": lambda r: r.charge.tokens - r.charge.tokens_judge,
+        "forced": lambda r: r.charge.tokens_forced,
+        "judge": lambda r: r.charge.tokens_judge,
+        "branches": lambda r: sum(b.finish != "denied" for b in r.branches),
+        "triggers": lambda r: sum(b.completion.triggers for b in r.branches),
     }
+    return {name: [measure(r) for r in results] for name, measure in of.items()}
 
 
 def main(
     *, part: str, model: str, problems: int, seeds: int, budget: str, thinking: int, reward: str, tasks: Sequence[str],
-    as_json: bool,
+    as_json: bool, out: Path | None = None,
 ) -> None:  # fmt: skip
     """Run one part; print a table, or one JSON object."""
     from ttc.api import open_engine
@@ -172,13 +288,20 @@ def main(
     if part not in PARTS:
         raise InputError(f"part: unknown part {part!r}; use one of {', '.join(PARTS)}")
     loaded = {task: from_task(task, problems, 0) for task in tasks or TASKS}
-    judge = None
+    judge = reward if part == "search" else ""
     if part == "search":
         from ttc import nano
 
-        judge = nano.reward(reward)
+        nano.reward(reward)  # what is no reward model is refused before anything starts
     with open_engine(model, "vllm", concurrency=128) as engine:
-        study = Study(engine, loaded, seeds, thinking, judge)
+        study = Study(engine, loaded, seeds, thinking, judge, out)
+        if (
+            part == "search"
+        ):  # each seed on every task before the next: a study that is cut short has something of each
+            for seed in range(seeds):
+                for task in loaded:
+                    for policy in ("scored", *SEARCH.values()):
+                        study.cell(task, policy, PLENTY, seed)
         rows: list[dict[str, Any]] = []
         for task in loaded:
             if part == "deepening":
@@ -186,14 +309,14 @@ def main(
             elif part == "forcing":
                 forcing = {f"{k} times": f"budget-forcing?extend={k}&trigger=Wait" for k in EXTENDS}
                 capped = {f"cap {cap}": f"plain?cap={cap}" for cap in CAPS}
-                rows += study.arms(task, forcing, "100k tokens") + study.arms(task, capped, "100k tokens")
+                rows += study.arms(task, forcing, PLENTY) + study.arms(task, capped, PLENTY)
             elif part == "anytime":
-                rows += study.anytime(task, 8)
+                rows += study.anytime(task)
             else:
-                rows += study.arms(task, SEARCH, "100k tokens")
+                rows += study.search(task)
     report = {
         "part": part, "model": model, "problems": problems, "seeds": seeds, "budget": budget, "thinking": thinking,
-        "reward": reward if judge is not None else None, "rows": rows,
+        "reward": judge or None, "rows": rows,
     }  # fmt: skip
     if as_json:
         print(json.dumps(report))
@@ -214,9 +337,15 @@ def markdown(report: dict[str, Any]) -> str:
                 f"| {r['tokens']} | {_percent(r['accuracy'])} | {r['still_thinking']:.0%} |" for r in mine
             ]
             continue
-        judged = any(r["judge"] for r in mine)
-        heads = ["arm", "accuracy", "over the first", "tokens", "forced", "triggers"]
-        heads += ["judge tokens", "requests"] if judged else ["branches"]
+        if report["part"] == "search":
+            lines += [f"| arm | accuracy | tokens | judge tokens | over {' | over '.join(RULES)} |"]
+            lines += ["| --- |" + " ---: |" * (3 + len(RULES))]
+            for r in mine:
+                over = [_percent(r["over"][rule], sign=True) if "over" in r else "" for rule in RULES]
+                cells = [r["arm"], _percent(r["accuracy"]), f"{r['tokens']:.0f}", f"{r['judge']:.0f}"]
+                lines.append(f"| {' | '.join([*cells, *over])} |")
+            continue
+        heads = ["arm", "accuracy", "over the first", "tokens", "forced", "triggers", "branches"]
         lines += [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
         for r in mine:
             cells = [
@@ -225,7 +354,6 @@ def markdown(report: dict[str, Any]) -> str:
                 _percent(r["over_first"], sign=True) if "over_first" in r else "",
             ]
             cells += [f"{r['tokens']:.0f}", f"{r['forced']:.1f}", f"{r['triggers']:.1f}"]
-            cells += [f"{r['judge']:.0f}"] if judged else []
             lines.append(f"| {' | '.join([*cells, format(r['branches'], '.1f')])} |")
     return "\n".join(lines)
 

@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 EXTRA_ARGS_KEY = "ttc"
+CACHED = 1 << 19
+"""Numbers that a pass over the vocabulary takes at a time on a CPU, so that they stay in its cache."""
+COLDEST = 1e-5
+"""Below this temperature vLLM is greedy."""
+CERTAIN = 1e30
+"""The logit of a forced token; finite also after a division by the least temperature."""
 
 
 @dataclass(slots=True, eq=False)
@@ -342,16 +348,18 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample
         among all else. (Together that is: sample, and replace an end.)"""
         ids = [self._ending_ids(c) for c in rows]
-        chances = _chances(logits, rows, ids)
-        for control, ending, chance in zip(rows, ids, chances, strict=True):
+        draws = [c.chance() for c in rows]
+        chances = _chances(logits, rows, ids, draws)
+        for control, draw, chance in zip(rows, draws, chances, strict=True):
             if control.guards_end():
-                if not control.forbids_end() and control.chance() < chance:
+                if draw < chance and not control.forbids_end():
                     control.end_came()
-            elif control.chance() < chance:
+            elif draw < chance:
                 control.ended_without_delimiter()
             if control.forcing():
                 self.forcing.append(control)
-            logits[control.row, ending] = -math.inf
+        places = [c.row for c, ending in zip(rows, ids, strict=True) for _ in ending]
+        logits[places, [i for ending in ids for i in ending]] = -math.inf
 
     def _ending_ids(self, control: Control) -> list[int]:
         """The ids that would end the thought here: end marks, and the delimiter's last token where the others are written."""
@@ -369,9 +377,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.forcing = [c for c in self.forcing if c.forcing()]
 
     def _force(self, logits: torch.Tensor) -> None:
+        """One number a row, and not a row of the vocabulary's size: beside ``CERTAIN`` any other token's probability is 0."""
         rows, ids = [c.row for c in self.forcing], [c.force() for c in self.forcing]
-        logits[rows] = -math.inf
-        logits[rows, ids] = 0.0
+        logits[rows, ids] = CERTAIN
 
     def _measure(self, logits: torch.Tensor) -> None:
         """Add the last step's sampled tokens to the sums, and keep this step's log-probabilities for the next.
@@ -406,7 +414,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         if not live:
             return
         most = min(max(c.stop_top_k for c in live), logits.shape[-1])
-        top = logits[[c.row for c in live]].float().log_softmax(-1).topk(most, dim=-1).values.cumsum(-1)
+        own = logits[[c.row for c in live]].float()
+        top = (own.topk(most, dim=-1).values - own.logsumexp(-1, keepdim=True)).cumsum(-1)
         at = torch.tensor([[min(c.stop_top_k, most) - 1] for c in live], device=top.device)
         sums = top.gather(-1, at).squeeze(-1).tolist()
         for control, total in zip(live, sums, strict=True):
@@ -418,33 +427,42 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     self.forcing.append(control)
 
 
-def _chances(logits: torch.Tensor, rows: Sequence[Control], ids: Sequence[list[int]]) -> list[float]:
-    """P(one of ``ids``) for each row as its sampler would draw: after temperature, then top-k, then top-p."""
-    own = logits[[c.row for c in rows]].float()
-    cold = torch.tensor([c.temperature < 1e-5 for c in rows], device=own.device)
-    heat = torch.tensor([max(c.temperature, 1e-5) for c in rows], device=own.device)
-    p = (own / heat[:, None]).softmax(-1)
-    cut = [i for i, c in enumerate(rows) if c.top_p < 1 or c.top_k]
-    if cut:
-        p[cut] = _truncated(p[cut], [rows[i] for i in cut])
-    p = torch.where(cold[:, None], torch.zeros_like(p).scatter_(-1, own.argmax(-1, keepdim=True), 1.0), p)
-    width = max(map(len, ids))
-    padded = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=own.device)
-    real = torch.tensor([[True] * len(i) + [False] * (width - len(i)) for i in ids], device=own.device)
-    return [float(v) for v in (p.gather(-1, padded) * real).sum(-1).tolist()]
+def _chances(
+    logits: torch.Tensor, rows: Sequence[Control], ids: Sequence[list[int]], draws: Sequence[float]
+) -> list[float]:
+    """P(one of ``ids``) for each row as its sampler would draw: after temperature, then top-k, then top-p. Top-p raises it to 1/p
+    times at most; where the row's draw lies above that, it is left as it is: the vocabulary is sorted where it matters only."""
+    device, vocab = logits.device, logits.shape[-1]
+    part = max(CACHED // vocab, 1) if device.type == "cpu" else len(rows)
+    p: list[float] = []
+    for first in range(0, len(rows), part):
+        some = rows[first : first + part]
+        own = logits[[c.row for c in some]].float()
+        if any(c.temperature != 1.0 for c in some):
+            own /= torch.tensor([max(c.temperature, COLDEST) for c in some], device=device)[:, None]
+        marks = ids[first : first + part]
+        width = max(map(len, marks))
+        padded = torch.tensor([[*i, *[0] * (width - len(i))] for i in marks], dtype=torch.long, device=device)
+        real = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in marks], device=device)
+        wanted = own.gather(-1, padded).masked_fill(~real, -math.inf)
+        p += (wanted.logsumexp(-1) - own.logsumexp(-1)).exp().tolist()
+        for i, control in enumerate(some, first):
+            if control.temperature < COLDEST:
+                p[i] = float(int(own[i - first].argmax()) in ids[i])
+            elif control.top_k or (control.top_p < 1 and draws[i] * control.top_p < p[i]):
+                p[i] = _truncated(own[i - first], ids[i], control)
+    return p
 
 
-def _truncated(p: torch.Tensor, rows: Sequence[Control]) -> torch.Tensor:
-    """Probabilities after top-k and top-p, as vLLM cuts them: the smallest set of likeliest tokens with that mass is kept."""
-    ordered, order = p.sort(-1, descending=True)
-    ranks = torch.arange(p.shape[-1], device=p.device)
-    k = torch.tensor([c.top_k or p.shape[-1] for c in rows], device=p.device)
-    ordered = torch.where(ranks[None] < k[:, None], ordered, 0.0)
-    ordered = ordered / ordered.sum(-1, keepdim=True)
-    mass = torch.tensor([c.top_p for c in rows], device=p.device)
-    ordered = torch.where(ordered.cumsum(-1) - ordered < mass[:, None], ordered, 0.0)
-    ordered = ordered / ordered.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter_(-1, order, ordered)
+def _truncated(own: torch.Tensor, ids: Sequence[int], control: Control) -> float:
+    """P(one of ``ids``) of one row after top-k and top-p, as vLLM cuts them: the smallest set of likeliest tokens with that mass is
+    kept."""
+    k = min(control.top_k or len(own), len(own))
+    top, order = own.topk(k) if k < len(own) else own.sort(descending=True)
+    kept = top.softmax(-1)
+    kept = torch.where(kept.cumsum(-1) - kept < control.top_p, kept, 0.0)
+    among = torch.isin(order, torch.tensor(list(ids), device=own.device))
+    return float((kept * among).sum() / kept.sum())
 
 
 def confidence(control: Control) -> tuple[float | None, float | None]:

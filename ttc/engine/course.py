@@ -7,7 +7,6 @@ sample thrown away by a preemption) executes nothing twice.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from ttc.errors import InputError
 from ttc.types import Control as Steering
 
 FAR = 1 << 60
+_BITS64 = (1 << 64) - 1
 LOOP_EVERY = 32
 """Tokens between two looks for a loop."""
 LOOP_SPAN = 24
@@ -175,8 +175,11 @@ class Course:
         return True
 
     def chance(self) -> float:
-        """A number in [0, 1) that depends on the branch's seed and on the position only."""
-        return random.Random((self.seed << 32) ^ len(self.output)).random()
+        """A number in [0, 1) from the branch's seed and the position only: SplitMix64 (Steele et al., OOPSLA 2014)."""
+        x = (self.seed + (len(self.output) + 1) * 0x9E3779B97F4A7C15) & _BITS64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _BITS64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _BITS64
+        return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
     def heard(self, confidence: float) -> bool:
         """One more token's confidence (nats); True if the mean of the last ``stop_window`` has fallen below ``stop_below``."""

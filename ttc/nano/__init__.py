@@ -60,7 +60,7 @@ def reward(name: str) -> NanoReward:
     folder = REWARDS / name if name in rewards() else Path(name)
     if not (folder / "card.json").is_file():
         raise InputError(
-            f"reward model {name!r}: not found; use one of {', '.join(rewards()) or '(none)'} or a folder"
+            f"reward: no reward model {name!r}; use one of {', '.join(rewards()) or '(none)'}, a folder, vllm:MODEL or http://HOST:PORT"
         )
     from ttc.rl.reward import load
 

@@ -1,0 +1,162 @@
+"""Reward models by name: what a name means, what is refused, a pooling model in process and behind a server's API."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+import ttc
+from tests.conftest import make_problems
+from ttc.api import Run, Settings
+from ttc.engine.fake import FakeEngine
+from ttc.errors import EngineError, InputError
+from ttc.rewards import PoolingReward, load_reward, reward_name
+from ttc.types import Problem
+
+
+def lengths(problem: Problem, texts: Sequence[str]) -> list[float]:
+    return [float(len(text)) for text in texts]
+
+
+class Outcome:
+    name, kind = "whole-chains", "outcome"
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return len(texts)
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [-3.0] * len(texts)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------------------
+def test_a_callable_and_its_name_are_reward_models() -> None:
+    for given in (lengths, "tests.test_rewards:lengths"):
+        model = load_reward(given)
+        assert model.score(make_problems(1)[0], ["a", "abc"]) == [1.0, 3.0]
+        assert reward_name(model) == "lengths"
+    assert isinstance(load_reward("tests.test_rewards:Outcome"), Outcome)
+
+
+def test_a_run_takes_a_callable_and_writes_its_name_down(tmp_path: Any) -> None:
+    settings = Settings(policy="best-of-n?n=3&score=reward")
+    list(Run(make_problems(2), FakeEngine(), settings, reward=lengths, out=tmp_path / "run").results())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["reward"] == "lengths"
+    with pytest.raises(InputError, match="reward"):
+        Run(make_problems(2), FakeEngine(), settings, reward=Outcome(), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nano-s-proces", "use one of nano-s-outcome, nano-s-process"),
+        ("vllm:", "write vllm:NAME-OR-FOLDER"),
+        ("http://127.0.0.1:9?last=1", "has no option 'last'"),
+        ("no.such:thing", "package.module:NAME"),
+        ("tests.test_rewards:nothing", "package.module:NAME"),
+        ("tests.test_rewards:__name__", "needs tokens and score"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=r"^reward: ") as caught:
+        load_reward(name)
+    assert words in str(caught.value)
+
+
+def test_a_search_is_not_led_by_scores_of_whole_chains() -> None:
+    with pytest.raises(InputError, match="whole-chains scores whole chains by logits"):
+        ttc.Run(make_problems(1), FakeEngine(), Settings(policy="beam"), reward=Outcome())
+
+
+def test_a_callable_that_gives_too_few_scores_fails_its_problem() -> None:
+    def short(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [1.0]
+
+    [result] = ttc.run(
+        make_problems(1), engine=FakeEngine(), policy="best-of-n?n=3&score=reward", reward=short
+    )
+    assert "1 scores for 3 texts" in result.error
+
+
+# -- a server --------------------------------------------------------------------------------------------------------------------
+class Api(BaseHTTPRequestHandler):
+    """The part of vLLM's API that a classifier serves: a token is a character, a score 1 / (1 + tokens)."""
+
+    whole = True
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._reply(200, {"data": [{"id": "judge"}]})
+        else:
+            self._reply(405 if self.path == "/classify" and self.whole else 404, {})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert asked["model"] == "judge"
+        if self.path == "/tokenize":
+            text = asked.get("prompt") or "".join(f"<{m['role']}>{m['content']}" for m in asked["messages"])
+            self._reply(200, {"tokens": [ord(c) for c in text]})
+        elif self.path == "/classify" and self.whole:
+            found = [{"index": i, "probs": [0.5, 1 / (1 + len(row))]} for i, row in enumerate(asked["input"])]
+            self._reply(200, {"data": found[::-1]})
+        elif self.path == "/pooling" and asked["task"] == "token_classify":
+            found = [
+                {"index": i, "data": [[0.0], [1 / (1 + len(row))]]} for i, row in enumerate(asked["input"])
+            ]
+            self._reply(200, {"data": found})
+        else:
+            self._reply(400, {"error": "no such task"})
+
+    def _reply(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=[True, False], ids=["classify", "pooling"])
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    handler = type("Handler", (Api,), {"whole": request.param})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
+        thread.join()
+
+
+def test_a_served_model_scores_prompt_text_and_end(server: str) -> None:
+    problem = make_problems(1)[0]
+    prompt = len("<user>" + problem.text)
+    for query, end in (("", 0), ("?end=<end>", 5)):
+        model = load_reward(server + query)
+        assert model.tokens(problem, ["abc", ""]) == 2 * (prompt + end) + 3
+        assert model.score(problem, ["abc", ""]) == pytest.approx(
+            [1 / (1 + prompt + 3 + end), 1 / (1 + prompt + end)]
+        )
+    [result] = ttc.run([problem], engine=FakeEngine(), policy="best-of-n?n=3&score=reward", reward=server)
+    assert result.charge.tokens_judge > 3 * prompt
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(EngineError, match=r"^reward: http://127.0.0.1:9 does not answer"):
+        load_reward("http://127.0.0.1:9")
+
+
+# -- vLLM in this process --------------------------------------------------------------------------------------------------------
+@pytest.mark.engine
+def test_vllm_scores_as_the_embedded_model_does() -> None:
+    pytest.importorskip("vllm")
+    problem = Problem("p", ({"role": "user", "content": "12 + 7 + 3 ="},))
+    texts = ["12 + 7 = 19;", "12 + 7 = 20;", "12 + 7 = 19;19 + 3 = 22;So 22.</think>22"]
+    served, own = load_reward("vllm:nano-s-process"), load_reward("nano-s-process")
+    assert isinstance(served, PoolingReward)
+    assert served.score(problem, texts) == pytest.approx(own.score(problem, texts), abs=0.02)

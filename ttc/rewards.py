@@ -1,0 +1,223 @@
+"""Reward models by name, for ``--reward`` and ``reward=``.
+
+``nano-s-process`` (embedded, see 'ttc models') or a folder of that kind; ``vllm:MODEL``, a sequence classifier run by vLLM in this
+process; ``http://HOST:PORT``, one that a vLLM server serves (``vllm serve MODEL --runner pooling``); ``package.module:NAME``, a
+callable or class of your own. A pooling model reads the prompt in its own chat template and the text behind it, and then ``end``
+(``vllm:MODEL?end=<|im_end|>``, for one that was trained on ended turns); its score is the activated output at the last token, with
+several labels the last one's: in [0, 1], so it can lead a search.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+from ttc.errors import EngineError, InputError
+from ttc.jobs import RewardModel
+from ttc.types import Problem
+
+Scorer = Callable[[Problem, Sequence[str]], Sequence[float]]
+KEPT_PROMPTS = 4096
+
+
+def load_reward(given: RewardModel | Scorer | str) -> RewardModel:
+    """The reward model of that name; a callable as one. Raises InputError for a name that means none, EngineError for a server
+    or an engine that does not answer."""
+    if not isinstance(given, str):
+        return _own(given, "reward")
+    address, _, query = given.partition("?")
+    if address.startswith(("http://", "https://", "vllm:")):
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        if unknown := set(options) - {"end"}:
+            raise InputError(f"reward: {address} has no option {min(unknown)!r}; it takes end")
+        end = options.get("end", "")
+        name = address.removeprefix("vllm:")
+        if not name:
+            raise InputError("reward: 'vllm:' needs a model; write vllm:NAME-OR-FOLDER")
+        return PoolingReward(Local(name) if address.startswith("vllm:") else Served(name), end)
+    module, colon, attribute = given.partition(":")
+    if colon and module.replace(".", "").isidentifier():
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+            return _own(found() if isinstance(found, type) else found, given)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"reward: can't make {given!r} ({error}); write package.module:NAME of a callable, or of a class without arguments"
+            ) from None
+    from ttc import nano
+
+    return nano.reward(given)
+
+
+def _own(found: Any, name: str) -> RewardModel:
+    if hasattr(found, "score") and hasattr(found, "tokens"):
+        return found  # type: ignore[no-any-return]
+    if callable(found):
+        return CallableReward(found)
+    raise InputError(f"reward: {name} is no reward model; it needs tokens and score, or be callable")
+
+
+def reward_name(model: RewardModel) -> str:
+    """What run.json calls it."""
+    return str(getattr(model, "name", type(model).__name__))
+
+
+def check_process(model: RewardModel, policy: str) -> None:
+    """Raise InputError where a search is to be led by a model that scores whole chains only."""
+    if getattr(model, "kind", "process") == "outcome":
+        raise InputError(
+            f"reward: {reward_name(model)} scores whole chains by logits, and {policy} needs the chance of each step; use a"
+            " process reward model"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CallableReward:
+    """A function of (problem, texts) that gives a score a text. What it reads is its own affair: nothing is charged."""
+
+    scorer: Scorer
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.scorer, "__qualname__", type(self.scorer).__name__))
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return 0
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]:
+        scores = list(self.scorer(problem, texts))
+        if len(scores) != len(texts):
+            raise ValueError(f"the reward model gave {len(scores)} scores for {len(texts)} texts")
+        return scores
+
+
+class Pooler(Protocol):
+    """A pooling model: prompts and texts in its tokens, and its activated outputs."""
+
+    name: str
+
+    def prompt(self, problem: Problem) -> list[int]: ...
+    def text(self, text: str) -> list[int]: ...
+    def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """For each row of token ids its labels' values at the last token."""
+        ...
+
+
+class PoolingReward:
+    """A pooling model as the driver wants it. It is charged all that it is handed, prompt included: what its prefix cache saves
+    is not seen from here."""
+
+    def __init__(self, pooler: Pooler, end: str = "") -> None:
+        self.pooler, self.name = pooler, pooler.name
+        self._end = pooler.text(end) if end else []
+        self._prompts: dict[tuple[str, str], list[int]] = {}
+
+    def _rows(self, problem: Problem, texts: Sequence[str]) -> list[list[int]]:
+        key = (problem.id, problem.text)
+        if key not in self._prompts:
+            if len(self._prompts) >= KEPT_PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = self.pooler.prompt(problem)
+        return [self._prompts[key] + (self.pooler.text(text) if text else []) + self._end for text in texts]
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return sum(map(len, self._rows(problem, texts)))
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [output[-1] for output in self.pooler.outputs(self._rows(problem, texts))] if texts else []
+
+
+class Local:
+    """A pooling model in vLLM in this process. On a GPU it shares the card's memory with the reasoner: leave it room there
+    (``engine_args`` of both), or serve it."""
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        from ttc import nano
+        from ttc.engine.vllm_start import import_vllm, one_line
+
+        vllm = import_vllm()
+        embedded = nano.REWARDS / model
+        path = str(embedded) if model in nano.rewards() else model
+        args: dict[str, Any] = {"enforce_eager": True} if vllm.platforms.current_platform.is_cpu() else {}
+        try:
+            self._llm = vllm.LLM(path, runner="pooling", disable_log_stats=True, **(args | engine_args))
+        except Exception as error:
+            raise EngineError(
+                f"reward: vLLM can't run {model!r} as a pooling model: {one_line(error)}"
+            ) from error
+        tasks = self._llm.supported_tasks
+        self._task = next((task for task in ("classify", "token_classify") if task in tasks), "")
+        if not self._task:
+            raise InputError(
+                f"reward: {model!r} classifies nothing (it can {', '.join(tasks)}); give a sequence classifier"
+            )
+        self._tokenizer: Any = self._llm.get_tokenizer()
+        self.name = f"vllm:{model}"
+
+    def prompt(self, problem: Problem) -> list[int]:
+        messages = [dict(message) for message in problem.messages]
+        return list(
+            self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
+
+    def text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        found = self._llm.encode(prompts, pooling_task=self._task, use_tqdm=False)
+        last = (each.outputs.data if self._task == "classify" else each.outputs.data[-1] for each in found)
+        return [[float(value) for value in row.reshape(-1)] for row in last]
+
+
+class Served:
+    """A pooling model on a vLLM server: /tokenize, and /classify or, for one with an output a token, /pooling."""
+
+    def __init__(self, url: str, timeout_s: float = 120.0) -> None:
+        import httpx
+
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+        models = self._call("GET", "/v1/models", None).get("data") or []
+        if not models:
+            raise EngineError(f"reward: {self.url} serves no model")
+        self.model = str(models[0]["id"])
+        self.name = f"{self.url} ({self.model})"
+        self._whole = self._client.get("/classify").status_code != 404  # 405: it is there, for POST
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        import httpx
+
+        try:
+            reply = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise EngineError(
+                f"reward: {self.url} does not answer ({type(error).__name__}: {error})"
+            ) from None
+        if reply.status_code != 200:
+            text = " ".join(reply.text.split())[:200]
+            raise EngineError(
+                f"reward: {self.url}{path} answered {reply.status_code} ({text}); serve a classifier with --runner pooling"
+            )
+        found: dict[str, Any] = reply.json()
+        return found
+
+    def prompt(self, problem: Problem) -> list[int]:
+        messages = [dict(message) for message in problem.messages]
+        body = {"model": self.model, "messages": messages, "add_generation_prompt": True}
+        return list(self._call("POST", "/tokenize", body)["tokens"])
+
+    def text(self, text: str) -> list[int]:
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return list(self._call("POST", "/tokenize", body)["tokens"])
+
+    def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        body: dict[str, Any] = {"model": self.model, "input": list(rows)}
+        if self._whole:
+            data = self._call("POST", "/classify", body)["data"]
+            return [list(each["probs"]) for each in sorted(data, key=lambda each: each["index"])]
+        data = self._call("POST", "/pooling", body | {"task": "token_classify"})["data"]
+        return [list(each["data"][-1]) for each in sorted(data, key=lambda each: each["index"])]
