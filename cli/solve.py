@@ -89,7 +89,7 @@ def solve(
 
     The same command with the same --out resumes: nothing finished is sampled again.
     """
-    from ttc.api import DEFAULT_MODEL, Settings
+    from ttc.api import DEFAULT_MODEL, Settings, check_reward
     from ttc.attention.settings import check_when
     from ttc.problems import load
     from ttc.rewards import load_reward
@@ -126,6 +126,7 @@ def solve(
         options |= {} if page is None else {"kv_page": page}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
     judge = load_reward(reward) if reward is not None else None
+    check_reward(settings.resolved()[0], judge)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 

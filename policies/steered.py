@@ -97,7 +97,7 @@ class IterativeDeepening:
     def __post_init__(self) -> None:
         _check(self.n, self.cap, self.select)
         _whole("first", self.first, 1, 1 << 30)
-        if not self.growth >= 1:
+        if not 1 <= self.growth < float("inf"):
             raise InputError(
                 f"policy: growth={self.growth:g} would bring checkpoints ever closer; give 1 (uniform) or more, 2 doubles"
             )
@@ -180,6 +180,14 @@ class Plain:
         _whole("least", self.least, 0, 1 << 30)
         _whole("total", self.total, 0, 1 << 30)
         _whole("loops", self.loops, 0, 1000)
+        if self.loops == 1:
+            raise InputError(
+                "policy: loops=1 would break any thought; give 2 or more repetitions, or 0 for no such rule"
+            )
+        if not 0 <= self.stop_below < float("inf"):
+            raise InputError(
+                f"policy: stop_below={self.stop_below:g}; give nats above 0, or 0 for no such rule"
+            )
         _whole("window", self.window, 1, 1 << 20)
         if self.cap and self.least > self.cap:
             raise InputError(

@@ -38,6 +38,19 @@ def ttc(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[st
         (["solve", "1 + 1 =", "--engine", "llama"], "use 'vllm' or 'openai:URL'"),
         (["solve", "1 + 1 =", "--engine", "openai:http://127.0.0.1:9"], "127.0.0.1:9"),
         (["solve", "1 + 1 =", "--effort", "2"], "(0, 1]"),
+        (["solve", "1 + 1 =", "--policy", "beam"], "--reward"),
+        (
+            ["solve", "1 + 1 =", "--policy", "beam", "--reward", "nano-s-proces"],
+            "use one of nano-s-outcome, nano-s-process",
+        ),
+        (
+            ["solve", "1 + 1 =", "--policy", "beam", "--reward", "nano-s-outcome"],
+            "use a process reward model",
+        ),
+        (
+            ["solve", "1 + 1 =", "--policy", "beam", "--reward", "http://127.0.0.1:9"],
+            "127.0.0.1:9 does not answer",
+        ),
         (["solve", "1 + 1 =", "--verifier", "oracle"], "oracle"),
         (["solve", "1 + 1 =", "--context", "0"], "context: 0 tokens"),
         (["demo", "--n", "0"], "at least 1"),

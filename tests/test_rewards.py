@@ -14,7 +14,7 @@ import ttc
 from tests.conftest import make_problems
 from ttc.api import Run, Settings
 from ttc.engine.fake import FakeEngine
-from ttc.errors import EngineError, InputError
+from ttc.errors import InputError
 from ttc.rewards import PoolingReward, load_reward, reward_name
 from ttc.types import Problem
 
@@ -147,7 +147,7 @@ def test_a_served_model_scores_prompt_text_and_end(server: str) -> None:
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    with pytest.raises(EngineError, match=r"^reward: http://127.0.0.1:9 does not answer"):
+    with pytest.raises(InputError, match=r"^reward: http://127.0.0.1:9 does not answer"):
         load_reward("http://127.0.0.1:9")
 
 

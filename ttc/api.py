@@ -148,9 +148,8 @@ class Run:
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
-        _check_needs(self.policy, info.signals, info.name, has_reward=self.reward is not None)
-        if self.reward is not None and "steps" in getattr(self.policy, "needs", ()):
-            check_process(self.reward, self.policy.name)
+        check_reward(self.policy, self.reward)
+        _check_needs(self.policy, info.signals, info.name)
         _check_effort(self.policy, self.problems, engine)
         brief = Brief(
             seed=settings.seed,
@@ -301,13 +300,20 @@ def _planned(
     )  # fmt: skip
 
 
-def _check_needs(policy: Policy, signals: Sequence[str], engine: str, *, has_reward: bool) -> None:
+def check_reward(policy: Policy, reward: RewardModel | None) -> None:
+    """Raise InputError for a policy that scores with a reward model where there is none, or none that can."""
+    needs = getattr(policy, "needs", ())
+    if "reward" in needs and reward is None:
+        raise InputError(
+            f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as nano-s-process, or score"
+            " by a confidence"
+        )
+    if reward is not None and "steps" in needs:
+        check_process(reward, policy.name)
+
+
+def _check_needs(policy: Policy, signals: Sequence[str], engine: str) -> None:
     for need in getattr(policy, "needs", ()):
-        if need == "reward" and not has_reward:
-            raise InputError(
-                f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as nano-s-process, or score"
-                " by a confidence"
-            )
         if need not in ("reward", "control", "steps", "effort", "insert") and need not in signals:
             known = ", ".join(signals) or "none"
             raise InputError(

@@ -21,11 +21,13 @@ from ttc.types import Problem
 
 Scorer = Callable[[Problem, Sequence[str]], Sequence[float]]
 KEPT_PROMPTS = 4096
+KV_BYTES = 1 << 30
+"""KV cache of a pooling model in process on a CPU; else vLLM would take most of the memory."""
 
 
 def load_reward(given: RewardModel | Scorer | str) -> RewardModel:
-    """The reward model of that name; a callable as one. Raises InputError for a name that means none, EngineError for a server
-    or an engine that does not answer."""
+    """The reward model of that name; a callable as one. Raises InputError for a name that means none, a server that does not answer
+    among them."""
     if not isinstance(given, str):
         return _own(given, "reward")
     address, _, query = given.partition("?")
@@ -141,11 +143,12 @@ class Local:
         vllm = import_vllm()
         embedded = nano.REWARDS / model
         path = str(embedded) if model in nano.rewards() else model
-        args: dict[str, Any] = {"enforce_eager": True} if vllm.platforms.current_platform.is_cpu() else {}
+        on_cpu = vllm.platforms.current_platform.is_cpu()
+        args: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": KV_BYTES} if on_cpu else {}
         try:
             self._llm = vllm.LLM(path, runner="pooling", disable_log_stats=True, **(args | engine_args))
         except Exception as error:
-            raise EngineError(
+            raise InputError(
                 f"reward: vLLM can't run {model!r} as a pooling model: {one_line(error)}"
             ) from error
         tasks = self._llm.supported_tasks
@@ -181,9 +184,12 @@ class Served:
 
         self.url = url.rstrip("/").removesuffix("/v1")
         self._client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=10.0))
-        models = self._call("GET", "/v1/models", None).get("data") or []
+        try:
+            models = self._call("GET", "/v1/models", None).get("data") or []
+        except EngineError as error:
+            raise InputError(str(error)) from None
         if not models:
-            raise EngineError(f"reward: {self.url} serves no model")
+            raise InputError(f"reward: {self.url} serves no model")
         self.model = str(models[0]["id"])
         self.name = f"{self.url} ({self.model})"
         self._whole = self._client.get("/classify").status_code != 404  # 405: it is there, for POST

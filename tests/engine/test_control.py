@@ -153,10 +153,68 @@ def test_confidence_is_the_mean_over_sampled_tokens() -> None:
     assert control.forced == 1
 
 
+def test_rows_with_several_things_due_at_one_position() -> None:
+    """A checkpoint that does not fit is passed over, twice at one position, in many rows at one step."""
+    batch = Batch()
+    told: dict[str, Any] = {
+        "due": 9,
+        "think_close": [CLOSE],
+        "close": [CLOSE, 8],
+        "triggers": [[5] * 20],
+        "at": [2, 2, 2, 3],
+    }
+    rows = [batch.add(**told) for _ in range(8)]
+    for _ in range(13):
+        batch.step()
+    assert all(row == [20] * 9 + [CLOSE, 8, 20, 20] for row in rows)
+
+
+def test_the_chance_of_an_end_is_that_of_the_sampler() -> None:
+    """Against the definition, row by row: softmax, the k likeliest, the smallest set of mass p. Where the draw decides the same
+    either way, a bound will do."""
+    from ttc.engine.control import Control, _chances
+
+    def defined(logits: Any, control: Control, ids: list[int]) -> float:
+        if control.temperature == 0:
+            return float(int(logits.argmax()) in ids)
+        p, order = (logits / control.temperature).softmax(-1).sort(descending=True)
+        p[control.top_k or len(p) :] = 0
+        p /= p.sum().clone()
+        p[p.cumsum(-1) - p >= control.top_p] = 0
+        return float(p[torch.isin(order, torch.tensor(ids))].sum() / p.sum())
+
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        count = rng.randint(1, 6)
+        logits = 3 * torch.randn(count, VOCAB, generator=generator)
+        rows, draws = [Control() for _ in range(count)], [rng.random() for _ in range(count)]
+        ids = [rng.sample(range(VOCAB), rng.randint(0, 3)) for _ in rows]
+        for row, control in enumerate(rows):
+            control.row, control.temperature = row, rng.choice([0.0, 0.5, 1.0, 1.7])
+            control.top_p, control.top_k = rng.choice([1.0, 0.9, 0.5]), rng.choice([0, 5, 100])
+        found = _chances(logits.clone(), rows, ids, draws)
+        for row, control in enumerate(rows):
+            wanted = defined(logits[row], control, ids[row])
+            assert found[row] == pytest.approx(wanted, abs=1e-5) or min(draws[row], 1) >= max(
+                found[row], wanted
+            )
+
+
+def test_a_forced_token_is_the_only_one_at_any_temperature() -> None:
+    batch = Batch()
+    row = batch.add(due=1, think_close=[CLOSE], close=[CLOSE, 8], lead=[])
+    batch.step()
+    batch.processor.update_state(None)
+    logits = batch.processor.apply(torch.full((1, VOCAB), 40.0))
+    assert row == [20]
+    for temperature in (0.01, 1.0, 50.0):
+        assert (logits / temperature).softmax(-1)[0, CLOSE] == 1.0
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"due": -1}, {"due": "soon"}, {"colour": 3}, "close it"],
-    ids=["negative", "text", "unknown", "no mapping"],
+    [{"due": -1}, {"due": "soon"}, {"colour": 3}, "close it", {"loop_repeats": 1}],
+    ids=["negative", "text", "unknown", "no mapping", "a loop of one"],
 )
 def test_instructions_are_validated_at_the_door(wrong: Any) -> None:
     from vllm import SamplingParams

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
-from ttc.api import _check_control, _check_needs
+from ttc.api import _check_control, check_reward
 from ttc.budget import Budget, Unit
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.errors import BudgetTooSmall, InputError
@@ -227,8 +227,8 @@ def test_what_is_missing_is_named() -> None:
         info, room_tokens = FakeEngine().info, 8
 
     with pytest.raises(InputError, match="reward"):
-        _check_needs(parse("beam"), (), "fake", has_reward=False)
-    _check_needs(parse("beam"), (), "fake", has_reward=True)
+        check_reward(parse("beam"), None)
+    check_reward(parse("beam"), Hashed())
     with pytest.raises(InputError, match="step by step, which the fake engine can't"):
         _check_control(parse("particles"), Plainest())  # type: ignore[arg-type]
 

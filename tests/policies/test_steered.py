@@ -236,6 +236,10 @@ def test_an_engine_that_cannot_insert_is_named() -> None:
         ("plain?least=50&cap=20", "least=50"),
         ("plain?effort=2", "effort=2"),
         ("plain?loops=-1", "loops=-1"),
+        ("plain?loops=1", "2 or more"),
+        ("plain?stop_below=-1", "stop_below=-1"),
+        ("plain?stop_below=nan", "stop_below=nan"),
+        ("iterative-deepening?growth=inf", "growth=inf"),
         ("plain?n=0", "n=0"),
     ],
 )

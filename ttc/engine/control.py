@@ -284,7 +284,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             elif control.next_position() > len(control.output):
                 self._schedule(control)
             else:  # several things at one position: look again here
-                heapq.heappush(self.agenda, (self.clock, self.ties, control))
+                self._schedule(control)
         if self.measured or self.watched or self.last is not None:
             self._measure(logits)
         if self.thinking:

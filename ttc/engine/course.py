@@ -323,5 +323,7 @@ def _sound(name: str, value: Any) -> bool:
         return isinstance(value, bool)
     if name == "stop_below":
         return value is None or isinstance(value, (int, float))
+    if name == "loop_repeats" and value == 1:
+        return False  # once is no loop
     least = 1 if name in ("stop_window", "stop_top_k") else 0
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
