@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the embedded reasoners."""
+    """List the embedded reasoners and reward models."""
     from ttc import nano
 
     known = nano.catalog()
@@ -50,6 +50,7 @@ def models(as_json: AsJson = False) -> None:
         table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", m.tasks[0] + more)
     stdout.print(table)
     stdout.print("A folder with a Hugging Face model, or a hub id, works wherever a name does.")
+    stdout.print(f"Reward models, for --reward: {', '.join(nano.rewards())}.")
 
 
 @dataclass(frozen=True, slots=True)
