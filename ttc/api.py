@@ -304,9 +304,9 @@ def check_reward(policy: Policy, reward: RewardModel | None) -> None:
     """Raise InputError for a policy that scores with a reward model where there is none, or none that can."""
     needs = getattr(policy, "needs", ())
     if "reward" in needs and reward is None:
+        known = "nano-s-process" if "steps" in needs else "nano-s-outcome, or score by a confidence"
         raise InputError(
-            f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as nano-s-process, or score"
-            " by a confidence"
+            f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as {known}"
         )
     if reward is not None and "steps" in needs:
         check_process(reward, policy.name)
