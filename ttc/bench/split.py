@@ -18,7 +18,6 @@ import typer
 
 from ttc import nano
 from ttc.api import Run, Settings, start_engine
-from ttc.errors import InputError
 from ttc.problems import from_task
 
 
@@ -31,7 +30,7 @@ def main(
     """Print one JSON object: for each arm, microseconds of processor time a token (median, least, most), and the share inside."""
     known = {m.name: m for m in nano.catalog()}
     if model not in known:
-        raise InputError(f"model: {model!r} is no embedded reasoner; use one of {', '.join(known)}")
+        raise typer.BadParameter(f"{model!r} is no embedded reasoner; use one of {', '.join(known)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     problems = from_task(known[model].tasks[0], count, 0)
     cap = 8 * (known[model].typical_thinking_tokens or 64)
