@@ -10,6 +10,7 @@ several labels the last one's: in [0, 1], so it can lead a search.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -146,7 +147,9 @@ class Local:
         on_cpu = vllm.platforms.current_platform.is_cpu()
         args: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": KV_BYTES} if on_cpu else {}
         try:
-            self._llm = vllm.LLM(path, runner="pooling", disable_log_stats=True, **(args | engine_args))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._llm = vllm.LLM(path, runner="pooling", use_tqdm_on_load=False, **(args | engine_args))
         except Exception as error:
             raise InputError(
                 f"reward: vLLM can't run {model!r} as a pooling model: {one_line(error)}"
