@@ -74,6 +74,7 @@ def test_ctrl_c_before_the_run_has_begun_is_a_word_and_exit_code_3() -> None:
     code = (
         "import signal, sys, ttc.problems\n"
         "from ttc.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
         "ttc.problems.load = lambda **given: signal.raise_signal(signal.SIGINT)\n"
         "sys.argv = ['ttc', 'solve', '1 + 1 =']\n"
         "main.main()\n"
