@@ -144,7 +144,7 @@ def demo(
     n: Annotated[int, typer.Option("--n", help="How many problems.")] = 100,
     model: Model = None,
     seed: Seed = 0,
-    budget: BudgetOption = "2k tokens",
+    budget: BudgetOption = "4k tokens",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
