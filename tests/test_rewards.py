@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import ttc
 from tests.conftest import make_problems
 from ttc.api import Run, Settings
-from ttc.engine.fake import FakeEngine
+from ttc.engine.fake import FakeEngine, Script
 from ttc.errors import InputError
 from ttc.rewards import PoolingReward, load_reward, reward_name
 from ttc.types import Problem
@@ -83,6 +84,23 @@ def test_a_callable_that_gives_too_few_scores_fails_its_problem() -> None:
 
 
 # -- a server --------------------------------------------------------------------------------------------------------------------
+def test_the_study_gives_every_chain_its_own_score() -> None:
+    """A result holds its branches as they ended; best-of-n and the weighted vote must not take another chain's score."""
+    from ttc.bench.study import Scored
+
+    def digests(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [float(zlib.crc32(text.encode())) for text in texts]
+
+    engine = FakeEngine(writer=lambda request, issued: Script(30 - 4 * request.index, str(request.index), 1))
+    scored = Scored(6)
+    policy: Any = scored
+    settings = Settings(policy=policy, budget="100k tokens")
+    for result in Run(make_problems(8), engine, settings, reward=load_reward(digests)).results():
+        own = {b.index: float(zlib.crc32(b.completion.text.encode())) for b in result.branches}
+        assert scored.scores[result.problem_id] == own
+        assert len(set(own.values())) > 1
+
+
 class Api(BaseHTTPRequestHandler):
     """The part of vLLM's API that a classifier serves: a token is a character, a score 1 / (1 + tokens)."""
 

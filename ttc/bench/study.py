@@ -74,16 +74,17 @@ class Anytime:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """``n`` chains and the reward model's score of each, kept in ``scores`` by problem."""
+    """``n`` chains and the reward model's score of each, kept in ``scores`` by problem and the branch's index: a result holds its
+    branches in the order in which they ended."""
 
     n: int = FIRST_N[-1]
     name = "scored"
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         branches = yield from Parallel(self.n).run(problem, brief)
         reply = yield Score(branches, why="reward model")
-        self.scores[problem.id] = list(reply.scores)
+        self.scores[problem.id] = {b.index: s for b, s in zip(branches, reply.scores, strict=True)}
         return Outcome(leader(tally(branches), brief.seed), "samples", tally(branches))
 
 
@@ -219,18 +220,19 @@ class Study:
         return rows
 
 
-def _first(result: Result, scores: Sequence[float], n: int, seed: int) -> list[float]:
+def _first(result: Result, scores: dict[int, float], n: int, seed: int) -> list[float]:
     """Of the first ``n`` chains: whether each of ``RULES`` chooses a right answer, their tokens, and what a reward model reads of
     them."""
-    every = sorted(zip(result.branches, scores, strict=True), key=lambda pair: pair[0].index)
-    branches, weights = [b for b, _ in every[:n]], [s for _, s in every[:n]]
+    every = sorted(result.branches, key=lambda branch: branch.index)
+    branches = every[:n]
+    weights = [scores[branch.index] for branch in branches]
     favourite = best(branches, weights, seed)
     answers = (
         favourite.vote if favourite is not None else None,
         leader(tally(branches, weights), seed),
         leader(tally(branches), seed),
     )
-    unread = sum(b.completion.output_tokens for b, _ in every[n:])
+    unread = sum(b.completion.output_tokens for b in every[n:])
     tokens = sum(b.completion.output_tokens for b in branches)
     return [*(float(a in result.right) for a in answers), tokens, result.charge.tokens_judge - unread]
 
