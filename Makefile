@@ -33,7 +33,7 @@ reproduce: .venv/.ready  ## Every published figure, from its command
 
 reproduce-nano: .venv/.ready  ## Train, ship and measure the embedded reasoners and reward models from nothing (hours on 2 cores)
 	@for size in xs s m l; do .venv/bin/ttc train reasoner --size $$size --ship && $(PY) -m ttc.rl.evaluate --model nano-$$size || exit 1; done
-	@.venv/bin/ttc train reward --base nano-s --ship
+	@.venv/bin/ttc train reward --base nano-s --n 2500 --ship
 	@$(PY) -m ttc.rl.family && $(PY) -m ttc.rl.family --speed && $(PY) -m ttc.rl.figures
 
 clean:
