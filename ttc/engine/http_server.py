@@ -1,6 +1,6 @@
 """An OpenAI-compatible server: what it can do, its prompts in tokens, and the bodies of its calls.
 
-Owns the pooled client and all differences between servers (vLLM's extras; fields that a server refuses by
+Owns all differences between servers (vLLM's extras; fields that a server refuses by
 name are left out from then on, with one warning each); knows nothing of branches, caps and retries.
 """
 
@@ -15,18 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-import httpx
 
 from ttc.attention.settings import EXTRA_ARGS_KEY, KvSetting
-from ttc.engine.http_pool import ConnectionPerCall
-from ttc.engine.http_stream import CallFailed, Delta, broken, refusal, stream_call
+from ttc.engine.http_stream import CallFailed, Delta, Wire
 from ttc.errors import InputError, TTCError
 from ttc.types import Request
 
 LOG = logging.getLogger("ttc.engine.openai")
-CONNECT_S = 10.0
 OPTIONAL_FIELDS = (
     "stream_options",
     "continue_final_message",
@@ -88,28 +83,20 @@ class Server:
     kv_page: int | None = None
     max_field: str = "max_tokens"
     refused: set[str] = field(default_factory=set)
-    _client: httpx.AsyncClient | None = None
+    _wire: Wire | None = None
     _said: set[str] = field(default_factory=set)
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
-    def client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            headers = {"accept-encoding": "identity"}
-            if self.api_key:
-                headers["authorization"] = f"Bearer {self.api_key}"
-            self._client = httpx.AsyncClient(
-                base_url=self.url,
-                headers=headers,
-                timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_S),
-                transport=ConnectionPerCall(verify=self.url.startswith("https"), proxy=_proxy(self.url)),
-            )
-        return self._client
+    def wire(self) -> Wire:
+        if self._wire is None:
+            self._wire = Wire(self.url, self.api_key, self.timeout_s)
+        return self._wire
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        if self._wire is not None:
+            await self._wire.close()
+            self._wire = None
 
     def say_once(self, message: str) -> None:
         if message not in self._said:
@@ -119,7 +106,7 @@ class Server:
     # -- what the server is ------------------------------------------------------------------------
     async def models(self) -> list[ServedModel]:
         """What /v1/models lists. Raises CallFailed."""
-        entries = (await self._json("GET", "/v1/models")).get("data") or []
+        entries = (await self.wire.json("GET", "/v1/models")).get("data") or []
         return [
             ServedModel(
                 id=str(entry.get("id")),
@@ -134,7 +121,7 @@ class Server:
         """Find out what the server can do for ``model``, spending no output tokens."""
         self.model = model.id
         try:
-            self.version = str((await self._json("GET", "/version")).get("version") or "")
+            self.version = str((await self.wire.json("GET", "/version")).get("version") or "")
         except CallFailed:
             self.version = ""
         try:
@@ -161,7 +148,7 @@ class Server:
                 body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
                 body |= {"vllm_xargs": {"ttc": '{"?": 0}'}}
                 try:
-                    await stream_call(self.client, "/v1/completions", body, lambda delta: True)
+                    await self.wire.stream("/v1/completions", body, lambda delta: True)
                     self.steers = False
                 except CallFailed as failure:
                     self.steers = "extra_args['ttc']" in str(failure)
@@ -187,17 +174,14 @@ class Server:
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
         body |= {"vllm_xargs": {EXTRA_ARGS_KEY: "{}"}}
         try:
-            await stream_call(self.client, "/v1/completions", body, lambda delta: True)
+            await self.wire.stream("/v1/completions", body, lambda delta: True)
             return None, "ttc's plugin is not loaded in the server; install ttc beside that vLLM"
         except CallFailed as failure:
             if EXTRA_ARGS_KEY not in str(failure):
                 if failure.status not in (400, 422):
                     raise
                 return None, "the server takes no KV budgets"
-        try:
-            text = (await self.client.get("/metrics")).text
-        except httpx.HTTPError as error:
-            raise broken(error) from error
+        _, _, text = await self.wire.ask("GET", "/metrics")
         found = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', text)
         if found is None:
             return None, "the server's /metrics does not tell its KV page, so a budget can't be checked"
@@ -205,8 +189,8 @@ class Server:
 
     async def _exists(self, path: str) -> bool:
         try:
-            return (await self.client.get(path)).status_code != 404  # 405: it is there, for POST
-        except httpx.HTTPError:
+            return (await self.wire.ask("GET", path))[0] != 404  # 405: it is there, for POST
+        except CallFailed:
             return False
 
     # -- tokens ------------------------------------------------------------------------------------
@@ -220,29 +204,17 @@ class Server:
             body |= _template_options(effort)
         else:
             body["prompt"] = text
-        return [int(i) for i in (await self._json("POST", "/tokenize", body)).get("tokens") or []]
+        return [int(i) for i in (await self.wire.json("POST", "/tokenize", body)).get("tokens") or []]
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         body = {"model": self.model, "tokens": list(ids)}
-        return str((await self._json("POST", "/detokenize", body)).get("prompt") or "")
-
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        try:
-            response = await self.client.request(method, path, json=body)
-            if response.status_code != 200:
-                raise refusal(response)
-            answer = response.json()
-        except httpx.HTTPError as error:
-            raise broken(error) from error
-        except ValueError as error:
-            raise CallFailed(f"{path} did not answer in JSON", again=False) from error
-        return answer if isinstance(answer, dict) else {}
+        return str((await self.wire.json("POST", "/detokenize", body)).get("prompt") or "")
 
     # -- calls -------------------------------------------------------------------------------------
     async def generate(self, path: str, body: dict[str, Any], receive: Callable[[Delta], bool]) -> None:
-        """``stream_call``; learns from a refusal which fields the server does not take. Raises CallFailed."""
+        """``Wire.stream``; learns from a refusal which fields the server does not take. Raises CallFailed."""
         try:
-            await stream_call(self.client, path, body, receive)
+            await self.wire.stream(path, body, receive)
         except CallFailed as failure:
             failure.changed = failure.status in (400, 422) and self._learn_refused(str(failure), body)
             raise
@@ -321,15 +293,6 @@ class Server:
 
     def _allowed(self, body: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in body.items() if key not in self.refused}
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for ``url`` (HTTPS_PROXY, NO_PROXY …); never one for loopback."""
-    parts = urlsplit(url)
-    if parts.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(parts.hostname or ""):
-        return None
-    found = getproxies()
-    return found.get(parts.scheme) or found.get("all")
 
 
 def _template_options(effort: float | None) -> dict[str, Any]:
