@@ -110,9 +110,11 @@ def server(job: Job) -> Iterator[str]:
         "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(job.concurrency), "--enforce-eager",
         "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(files.context, 8192)), "--generation-config", "vllm",
     ]  # fmt: skip
+    # Else vLLM's CPU build gives the model a process of its own and spins on a whole core while it waits for it.
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     # An idle connection is dropped after 5 s otherwise, in the face of a client that is about to use it.
-    env = quiet | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"} | dict(os.environ)
+    env = alone | quiet | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"} | dict(os.environ)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
     )
