@@ -101,6 +101,29 @@ def test_the_study_gives_every_chain_its_own_score() -> None:
         assert len(set(own.values())) > 1
 
 
+def test_the_study_takes_no_cell_of_other_weights(tmp_path: Any) -> None:
+    """A reward model that was trained anew under its old name: its cells are measured again, what others made stays theirs."""
+    from ttc.bench.study import PLAIN, Study
+    from ttc.engine.model import fingerprint
+
+    folders = []
+    for k in range(2):
+        folders.append(tmp_path / f"model{k}")
+        folders[k].mkdir()
+        (folders[k] / "config.json").write_text("{}")
+        (folders[k] / "model.safetensors").write_bytes(bytes([k]))
+    old, new = map(fingerprint, folders)
+    assert old != new
+    out, ran = tmp_path / "cells.jsonl", []
+    for weights in (old, new, old):
+        engine = FakeEngine()
+        study = Study(engine, {"sums": make_problems(2)}, 1, 64, "", out, (weights,))
+        study.cell("sums", PLAIN, "1k tokens", 0)
+        ran.append(engine.counters().output_tokens > 0)
+    assert ran == [True, True, False]
+    assert len(out.read_text().splitlines()) == 2
+
+
 class Api(BaseHTTPRequestHandler):
     """The part of vLLM's API that a classifier serves: a token is a character, a score 1 / (1 + tokens)."""
 

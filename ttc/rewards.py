@@ -142,8 +142,7 @@ class Local:
         from ttc.engine.vllm_start import import_vllm, one_line
 
         vllm = import_vllm()
-        embedded = nano.REWARDS / model
-        path = str(embedded) if model in nano.rewards() else model
+        path = str(nano.reward_folder(model))
         on_cpu = vllm.platforms.current_platform.is_cpu()
         args: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": KV_BYTES} if on_cpu else {}
         try:

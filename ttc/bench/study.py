@@ -6,7 +6,7 @@ against best-of-n and weighted votes with the same reward model). Accuracy is th
 bootstrapped over problems, and differences are paired by problem.
 
 With ``--out`` each arm's results of a task and seed are kept as they are done, and the same command goes on from there; none
-depends on what ran before it. What ``search`` is held against: chains drawn once and scored once, and what best-of-n, the
+depends on what ran before it, and one of other weights than the models have now (reasoner or reward model) is not taken. What ``search`` is held against: chains drawn once and scored once, and what best-of-n, the
 weighted vote and the plain one make of the first n of them. The difference is to the same **at the search's own tokens**, what
 the reward model reads included: between the n that costs less and the one that costs more, in proportion.
 """
@@ -102,6 +102,7 @@ class Study:
     thinking: int
     reward: str = ""  # the reward model's name; each cell loads it anew, for it keeps what it has read
     out: Path | None = None
+    weights: tuple[str, ...] = ()  # fingerprints of the models that made a cell
     _done: dict[str, Cell] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,6 +120,7 @@ class Study:
             [
                 self.engine.info.model,
                 self.reward,
+                *self.weights,
                 task,
                 len(self.problems[task]),
                 self.thinking,
@@ -285,18 +287,22 @@ def main(
 ) -> None:  # fmt: skip
     """Run one part; print a table, or one JSON object."""
     from ttc.api import open_engine
+    from ttc.engine.model import fingerprint
     from ttc.problems import from_task
 
     if part not in PARTS:
         raise InputError(f"part: unknown part {part!r}; use one of {', '.join(PARTS)}")
     loaded = {task: from_task(task, problems, 0) for task in tasks or TASKS}
     judge = reward if part == "search" else ""
+    weights: tuple[str, ...] = ()
     if part == "search":
         from ttc import nano
 
         nano.reward(reward)  # what is no reward model is refused before anything starts
+        weights = (fingerprint(nano.reward_folder(reward)),)
     with open_engine(model, "vllm", concurrency=128) as engine:
-        study = Study(engine, loaded, seeds, thinking, judge, out)
+        weights = (engine.info.identity["weights"], *weights)
+        study = Study(engine, loaded, seeds, thinking, judge, out, weights)
         if (
             part == "search"
         ):  # each seed on every task before the next: a study that is cut short has something of each

@@ -62,7 +62,7 @@ def load_model_files(model: str) -> ModelFiles:
         sampling=_sampling(folder, card),
         context=int(config.get("max_position_embeddings") or 0),
         thinking_tokens=_THINKING_MARGIN * int(card.get("typical_thinking_tokens", 0)),
-        identity={"model": str(card.get("name", model)), "weights": _digest(folder)},
+        identity={"model": str(card.get("name", model)), "weights": fingerprint(folder)},
     )
 
 
@@ -130,8 +130,8 @@ def _sampling(folder: Path, card: Mapping[str, Any]) -> Sampling:
     )
 
 
-def _digest(folder: Path) -> str:
-    """A fingerprint of config and weights: contents of small weights, sizes of large ones."""
+def fingerprint(folder: Path) -> str:
+    """Of config and weights: contents of small weights, sizes of large ones; 16 hexadecimal digits."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -55,9 +55,14 @@ def rewards() -> list[str]:
     return sorted(card.parent.name for card in REWARDS.glob("*/card.json"))
 
 
+def reward_folder(name: str) -> Path:
+    """Where an embedded reward model lies; any other name is a folder."""
+    return REWARDS / name if name in rewards() else Path(name)
+
+
 def reward(name: str) -> NanoReward:
     """An embedded reward model by name, or one in a folder; needs torch. Raises InputError where there is none."""
-    folder = REWARDS / name if name in rewards() else Path(name)
+    folder = reward_folder(name)
     if not (folder / "card.json").is_file():
         raise InputError(
             f"reward: no reward model {name!r}; use one of {', '.join(rewards()) or '(none)'}, a folder, vllm:MODEL or http://HOST:PORT"
