@@ -6,6 +6,7 @@ import json
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_a_run_takes_a_callable_and_writes_its_name_down(tmp_path: Any) -> None:
         ("nano-s-proces", "use one of nano-s-outcome, nano-s-process"),
         ("vllm:", "write vllm:NAME-OR-FOLDER"),
         ("http://127.0.0.1:9?last=1", "has no option 'last'"),
+        ("http://127.0.0.1:9?step=;", "needs end"),
         ("no.such:thing", "package.module:NAME"),
         ("tests.test_rewards:nothing", "package.module:NAME"),
         ("tests.test_rewards:__name__", "needs tokens and score"),
@@ -125,15 +127,17 @@ def test_the_study_takes_no_cell_of_other_weights(tmp_path: Any) -> None:
 
 
 class Api(BaseHTTPRequestHandler):
-    """The part of vLLM's API that a classifier serves: a token is a character, a score 1 / (1 + tokens)."""
+    """The part of vLLM's API that a classifier serves: a token is a character, a score 1 / (1 + tokens). The path of the other kind
+    is there, too, and answers 501, as vLLM's does."""
 
     whole = True
+    pools = True
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._reply(200, {"data": [{"id": "judge"}]})
         else:
-            self._reply(405 if self.path == "/classify" and self.whole else 404, {})
+            self._reply(404, {})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -144,7 +148,9 @@ class Api(BaseHTTPRequestHandler):
         elif self.path == "/classify" and self.whole:
             found = [{"index": i, "probs": [0.5, 1 / (1 + len(row))]} for i, row in enumerate(asked["input"])]
             self._reply(200, {"data": found[::-1]})
-        elif self.path == "/pooling" and asked["task"] == "token_classify":
+        elif self.path == "/classify":
+            self._reply(501, {"error": "The model does not support Classification API"})
+        elif self.path == "/pooling" and self.pools and asked["task"] == "token_classify":
             found = [
                 {"index": i, "data": [[0.0], [1 / (1 + len(row))]]} for i, row in enumerate(asked["input"])
             ]
@@ -163,15 +169,20 @@ class Api(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=[True, False], ids=["classify", "pooling"])
-def server(request: pytest.FixtureRequest) -> Iterator[str]:
-    handler = type("Handler", (Api,), {"whole": request.param})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+@contextmanager
+def served(**how: bool) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Api,), how)) as listening:
         thread = threading.Thread(target=listening.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listening.server_address[1]}"
         listening.shutdown()
         thread.join()
+
+
+@pytest.fixture(params=[True, False], ids=["classify", "pooling"])
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    with served(whole=request.param) as url:
+        yield url
 
 
 def test_a_served_model_scores_prompt_text_and_end(server: str) -> None:
@@ -185,6 +196,48 @@ def test_a_served_model_scores_prompt_text_and_end(server: str) -> None:
         )
     [result] = ttc.run([problem], engine=FakeEngine(), policy="best-of-n?n=3&score=reward", reward=server)
     assert result.charge.tokens_judge > 3 * prompt
+
+
+def test_a_server_that_scores_nothing_is_refused_at_the_door() -> None:
+    with (
+        served(whole=False, pools=False) as url,
+        pytest.raises(InputError, match="serve a classifier with --runner pooling"),
+    ):
+        load_reward(url)
+
+
+class Letters:
+    """A pooling model whose tokens are letters, with its score at a mark: the share of the row before it."""
+
+    name = "letters"
+
+    def prompt(self, problem: Problem) -> list[int]:
+        return [0]
+
+    def text(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        return [[float(len(row))] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "read"),
+    [
+        ("", "a;b;", "a;b;#"),
+        (";", "a;b;", "a;#b;#"),
+        (";", "a;b", "a;#b#"),
+        (";", "ab", "ab#"),
+        (";", "", "#"),
+        ("\n\n", "a\n\nb\n\n", "a#b#"),
+        ("\n\n", "a\nb", "a\nb#"),
+    ],
+)
+def test_a_mark_stands_behind_every_step(step: str, text: str, read: str) -> None:
+    model = PoolingReward(Letters(), "#", step)
+    problem = make_problems(1)[0]
+    assert model._rows(problem, [text]) == [[0, *map(ord, read)]]
+    assert model.tokens(problem, [text]) == 1 + len(read)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:

@@ -1,10 +1,12 @@
 """Reward models by name, for ``--reward`` and ``reward=``.
 
-``nano-s-process`` (embedded, see 'ttc models') or a folder of that kind; ``vllm:MODEL``, a sequence classifier run by vLLM in this
-process; ``http://HOST:PORT``, one that a vLLM server serves (``vllm serve MODEL --runner pooling``); ``package.module:NAME``, a
-callable or class of your own. A pooling model reads the prompt in its own chat template and the text behind it, and then ``end``
-(``vllm:MODEL?end=<|im_end|>``, for one that was trained on ended turns); its score is the activated output at the last token, with
-several labels the last one's: in [0, 1], so it can lead a search.
+``nano-s-process`` (embedded, see 'ttc models') or a folder of that kind; ``vllm:MODEL``, a classifier of sequences or of tokens run
+by vLLM in this process; ``http://HOST:PORT``, one that a vLLM server serves (``vllm serve MODEL --runner pooling``);
+``package.module:NAME``, a callable or class of your own. A pooling model reads the prompt in its own chat template and the text
+behind it, and then ``end`` (``vllm:MODEL?end=<|im_end|>``, for one that was trained on ended turns); its score is the activated
+output at the last token, with several labels the last one's: in [0, 1], so it can lead a search. One that scores at a mark behind
+every step gets the mark as ``end`` and, as ``step``, what ends a step of the text: behind it the mark is put, white space left out
+(``vllm:Qwen/Qwen2.5-Math-PRM-7B?step=%0A%0A&end=<extra_0>``).
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ def load_reward(given: RewardModel | Scorer | str) -> RewardModel:
     address, _, query = given.partition("?")
     if address.startswith(("http://", "https://", "vllm:")):
         options = dict(parse_qsl(query, keep_blank_values=True))
-        if unknown := set(options) - {"end"}:
-            raise InputError(f"reward: {address} has no option {min(unknown)!r}; it takes end")
-        end = options.get("end", "")
+        if unknown := set(options) - {"end", "step"}:
+            raise InputError(f"reward: {address} has no option {min(unknown)!r}; it takes end and step")
+        end, step = options.get("end", ""), options.get("step", "")
+        if step and not end:
+            raise InputError(f"reward: step={step!r} needs end, the mark that stands behind a step")
         name = address.removeprefix("vllm:")
         if not name:
             raise InputError("reward: 'vllm:' needs a model; write vllm:NAME-OR-FOLDER")
-        return PoolingReward(Local(name) if address.startswith("vllm:") else Served(name), end)
+        return PoolingReward(Local(name) if address.startswith("vllm:") else Served(name), end, step)
     module, colon, attribute = given.partition(":")
     if colon and module.replace(".", "").isidentifier():
         try:
@@ -98,7 +102,7 @@ class CallableReward:
 
 
 class Pooler(Protocol):
-    """A pooling model: prompts and texts in its tokens, and its activated outputs."""
+    """A pooling model: prompts and texts in its tokens, and its activated outputs. Raises EngineError where it gives none."""
 
     name: str
 
@@ -113,18 +117,34 @@ class PoolingReward:
     """A pooling model as the driver wants it. It is charged all that it is handed, prompt included: what its prefix cache saves
     is not seen from here."""
 
-    def __init__(self, pooler: Pooler, end: str = "") -> None:
-        self.pooler, self.name = pooler, pooler.name
+    def __init__(self, pooler: Pooler, end: str = "", step: str = "") -> None:
+        self.pooler, self.name, self._step = pooler, pooler.name, step
         self._end = pooler.text(end) if end else []
         self._prompts: dict[tuple[str, str], list[int]] = {}
+        self._texts: dict[str, list[int]] = {}  # what is asked for its tokens is scored next
 
-    def _rows(self, problem: Problem, texts: Sequence[str]) -> list[list[int]]:
+    def _prompt(self, problem: Problem) -> list[int]:
         key = (problem.id, problem.text)
         if key not in self._prompts:
             if len(self._prompts) >= KEPT_PROMPTS:
                 self._prompts.clear()
             self._prompts[key] = self.pooler.prompt(problem)
-        return [self._prompts[key] + (self.pooler.text(text) if text else []) + self._end for text in texts]
+        return self._prompts[key]
+
+    def _text(self, text: str) -> list[int]:
+        """In tokens, ``end`` included."""
+        if text not in self._texts:
+            if len(self._texts) >= KEPT_PROMPTS:
+                self._texts.clear()
+            *steps, rest = text.split(self._step) if self._step else [text]
+            pieces = [(step + self._step).rstrip() for step in steps] + ([rest] if rest or not steps else [])
+            self._texts[text] = [
+                token for piece in pieces for token in [*(self.pooler.text(piece) if piece else ()), *self._end]
+            ]
+        return self._texts[text]
+
+    def _rows(self, problem: Problem, texts: Sequence[str]) -> list[list[int]]:
+        return [self._prompt(problem) + self._text(text) for text in texts]
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
         return sum(map(len, self._rows(problem, texts)))
@@ -173,9 +193,12 @@ class Local:
 
     def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
         prompts = [{"prompt_token_ids": row} for row in rows]
-        found = self._llm.encode(prompts, pooling_task=self._task, use_tqdm=False)
-        last = (each.outputs.data if self._task == "classify" else each.outputs.data[-1] for each in found)
-        return [[float(value) for value in row.reshape(-1)] for row in last]
+        found = [
+            each.outputs.data for each in self._llm.encode(prompts, pooling_task=self._task, use_tqdm=False)
+        ]
+        if self._task == "classify":
+            return [row.reshape(-1).tolist() for row in found]
+        return [_last(row.tolist(), self.name) for row in found]
 
 
 class Served:
@@ -194,7 +217,13 @@ class Served:
             raise InputError(f"reward: {self.url} serves no model")
         self.model = str(models[0]["id"])
         self.name = f"{self.url} ({self.model})"
-        self._whole = self._client.get("/classify").status_code != 404  # 405: it is there, for POST
+        whole = {"model": self.model, "input": [[0]]}  # both paths may be there: what it can do, it does
+        self._whole = self._client.post("/classify", json=whole).status_code == 200
+        if not self._whole:
+            try:
+                self._call("POST", "/pooling", whole | {"task": "token_classify"})
+            except EngineError as error:
+                raise InputError(str(error)) from None
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         import httpx
@@ -224,8 +253,18 @@ class Served:
 
     def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
         body: dict[str, Any] = {"model": self.model, "input": list(rows)}
-        if self._whole:
-            data = self._call("POST", "/classify", body)["data"]
-            return [list(each["probs"]) for each in sorted(data, key=lambda each: each["index"])]
-        data = self._call("POST", "/pooling", body | {"task": "token_classify"})["data"]
-        return [list(each["data"][-1]) for each in sorted(data, key=lambda each: each["index"])]
+        path = "/classify" if self._whole else "/pooling"
+        body |= {} if self._whole else {"task": "token_classify"}
+        data = sorted(self._call("POST", path, body)["data"], key=lambda each: each["index"])
+        return [list(each["probs"]) if self._whole else _last(each["data"], self.name) for each in data]
+
+
+def _last(found: Sequence[Any], name: str) -> list[float]:
+    """The labels' values at the last token that has any. Raises EngineError where none has."""
+    if not len(found):
+        raise EngineError(
+            f"reward: {name} scores at a mark of its own, which the text does not hold; name it, as in"
+            f" 'vllm:MODEL?end=<extra_0>'"
+        )
+    last = found[-1]
+    return [float(value) for value in last] if isinstance(last, Sequence) else [float(last)]
