@@ -57,6 +57,7 @@ def test_a_run_takes_a_callable_and_writes_its_name_down(tmp_path: Any) -> None:
     [
         ("nano-s-proces", "use one of nano-s-outcome, nano-s-process"),
         ("vllm:", "write vllm:NAME-OR-FOLDER"),
+        ("vllm:nano-z", "there is no 'nano-z' for vLLM; use one of nano-s-outcome, nano-s-process"),
         ("http://127.0.0.1:9?last=1", "has no option 'last'"),
         ("http://127.0.0.1:9?step=;", "needs end"),
         ("no.such:thing", "package.module:NAME"),
@@ -243,14 +244,3 @@ def test_a_mark_stands_behind_every_step(step: str, text: str, read: str) -> Non
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match=r"^reward: http://127.0.0.1:9 does not answer"):
         load_reward("http://127.0.0.1:9")
-
-
-# -- vLLM in this process --------------------------------------------------------------------------------------------------------
-@pytest.mark.engine
-def test_vllm_scores_as_the_embedded_model_does() -> None:
-    pytest.importorskip("vllm")
-    problem = Problem("p", ({"role": "user", "content": "12 + 7 + 3 ="},))
-    texts = ["12 + 7 = 19;", "12 + 7 = 20;", "12 + 7 = 19;19 + 3 = 22;So 22.</think>22"]
-    served, own = load_reward("vllm:nano-s-process"), load_reward("nano-s-process")
-    assert isinstance(served, PoolingReward)
-    assert served.score(problem, texts) == pytest.approx(own.score(problem, texts), abs=0.02)

@@ -115,13 +115,17 @@ class Pooler(Protocol):
 
 class PoolingReward:
     """A pooling model as the driver wants it. It is charged all that it is handed, prompt included: what its prefix cache saves
-    is not seen from here."""
+    is not seen from here. Raises InputError for one that gives no score behind ``end``."""
 
     def __init__(self, pooler: Pooler, end: str = "", step: str = "") -> None:
         self.pooler, self.name, self._step = pooler, pooler.name, step
         self._end = pooler.text(end) if end else []
         self._prompts: dict[tuple[str, str], list[int]] = {}
         self._texts: dict[str, list[int]] = {}  # what is asked for its tokens is scored next
+        try:
+            pooler.outputs([[*pooler.text("1"), *self._end]])
+        except EngineError as error:
+            raise InputError(str(error)) from None
 
     def _prompt(self, problem: Problem) -> list[int]:
         key = (problem.id, problem.text)
@@ -139,7 +143,9 @@ class PoolingReward:
             *steps, rest = text.split(self._step) if self._step else [text]
             pieces = [(step + self._step).rstrip() for step in steps] + ([rest] if rest or not steps else [])
             self._texts[text] = [
-                token for piece in pieces for token in [*(self.pooler.text(piece) if piece else ()), *self._end]
+                token
+                for piece in pieces
+                for token in [*(self.pooler.text(piece) if piece else ()), *self._end]
             ]
         return self._texts[text]
 
@@ -162,7 +168,12 @@ class Local:
         from ttc.engine.vllm_start import import_vllm, one_line
 
         vllm = import_vllm()
-        path = str(nano.reward_folder(model))
+        folder = nano.reward_folder(model)
+        if "/" not in model and not folder.is_dir():
+            raise InputError(
+                f"reward: there is no {model!r} for vLLM; use one of {', '.join(nano.rewards())}, a folder, or a hub id"
+            )
+        path = str(folder)
         on_cpu = vllm.platforms.current_platform.is_cpu()
         args: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": KV_BYTES} if on_cpu else {}
         try:
@@ -217,13 +228,13 @@ class Served:
             raise InputError(f"reward: {self.url} serves no model")
         self.model = str(models[0]["id"])
         self.name = f"{self.url} ({self.model})"
-        whole = {"model": self.model, "input": [[0]]}  # both paths may be there: what it can do, it does
-        self._whole = self._client.post("/classify", json=whole).status_code == 200
-        if not self._whole:
-            try:
-                self._call("POST", "/pooling", whole | {"task": "token_classify"})
-            except EngineError as error:
-                raise InputError(str(error)) from None
+        tried = self._client.post("/classify", json={"model": self.model, "input": [[0]]})
+        self._whole = (
+            tried.status_code == 200
+        )  # the path is there for a classifier of tokens, too: it answers 501
+
+    def close(self) -> None:
+        self._client.close()
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         import httpx
@@ -263,8 +274,8 @@ def _last(found: Sequence[Any], name: str) -> list[float]:
     """The labels' values at the last token that has any. Raises EngineError where none has."""
     if not len(found):
         raise EngineError(
-            f"reward: {name} scores at a mark of its own, which the text does not hold; name it, as in"
-            f" 'vllm:MODEL?end=<extra_0>'"
+            f"reward: {name} scores at a mark of its own, which the text does not hold; name the mark that its card tells, as in"
+            " 'vllm:MODEL?end=<extra_0>'"
         )
     last = found[-1]
     return [float(value) for value in last] if isinstance(last, Sequence) else [float(last)]

@@ -48,7 +48,8 @@ class Batch:
         self.removed.append(len(self.outputs) - 1)
         return self.outputs.pop()
 
-    def step(self, favourite: int = 20) -> None:
+    def step(self, favourite: int = 20, *, cut: bool = False, by: float = 5.0) -> None:
+        """``cut``: a part of a prefill, whose sample is thrown away."""
         from vllm.v1.sample.logits_processor import BatchUpdate
 
         changed = self.added or self.removed or self.moved
@@ -60,9 +61,10 @@ class Batch:
         self.processor.update_state(update)
         self.added, self.removed, self.moved = [], [], []
         logits = torch.zeros(len(self.outputs), VOCAB)
-        logits[:, favourite] = 5.0
+        logits[:, favourite] = by
         for row, token in zip(self.outputs, self.processor.apply(logits).argmax(-1).tolist(), strict=True):
-            row.append(token)
+            if not cut:
+                row.append(token)
 
 
 def test_a_thought_is_closed_at_its_due_and_neighbours_are_not() -> None:
@@ -131,6 +133,42 @@ def test_a_preempted_row_is_forced_once(when: int, in_process: bool) -> None:
         batch.step()
     CONTROLS.clear()
     assert row == [20, 20, 20, CLOSE, 8, 9, *[20] * (len(row) - 6)]
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+@pytest.mark.parametrize("kind", ["trigger", "least", "delimiter", "confidence"])
+def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> None:
+    """Chunked prefill shows logits of the middle of a prompt, and after a preemption of an output: they decide nothing."""
+    told: dict[str, dict[str, Any]] = {
+        "trigger": {"triggers": [[5, 6]], "at_end": 1},
+        "least": {"triggers": [[5, 6]], "min_thinking": 6},
+        "delimiter": {"think_close": [CLOSE, 8], "close": [CLOSE, 8]},
+        "confidence": {"stop_below": 3.0, "stop_window": 2, "stop_top_k": 2},
+    }
+    batch = Batch()
+    batch.add(**({"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]))
+    for _ in range(cuts):
+        batch.step(favourite=END, cut=True, by=60.0)
+    batch.step()
+    row = batch.remove_last()
+    batch.step()
+    batch.add(output=row, **({"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]))
+    for _ in range(cuts):
+        if kind == "confidence":
+            batch.step(cut=True, by=1.0)
+        else:
+            batch.step(favourite=END, cut=True, by=60.0)
+    batch.step(by=60.0)
+    batch.step(by=60.0)
+    assert row == [20] * 3
+    if kind == "confidence":
+        batch.step()
+        batch.step()
+        assert row[3:] == [20, CLOSE], "two in a row"
+    else:
+        batch.step(favourite=END, by=60.0)
+        batch.step(by=60.0)
+        assert row[3:] == ([CLOSE, 8] if kind == "delimiter" else [5, 6]), "now it is said"
 
 
 def test_confidence_is_the_mean_over_sampled_tokens() -> None:

@@ -14,7 +14,8 @@ answer has at least one token, so no branch ends empty. Where an end of the thou
 have been sampled is drawn here, from its probability under the branch's own temperature, top-p and top-k.
 
 A heap ordered by step holds the output positions at which something is due, so a step costs what is due, not what runs. Rows that
-stand still (preempted) are found early when popped, and put back.
+stand still (preempted) are found early when popped, and put back. A prefill that is cut shows logits of another position, and its
+sample is thrown away: what was decided by them is taken back at the next step, where no token has followed.
 
 This module imports torch and vLLM; nothing outside ``ttc.engine`` may import it.
 """
@@ -94,6 +95,8 @@ def say(key: int, word: Word) -> int:
     """Execute a word at the next step. Returns the output position at which it does, -1 where it has no effect (the thought is
     closed or closing, or the ids do not fit before its cap, or another span is being written)."""
     control = CONTROLS.get(key) or _ROWS.get(key)
+    if control is not None:
+        control.take_back()
     if control is None or control.done:
         return -1
     if word is None:
@@ -177,6 +180,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.thinking: list[Control] = []
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.ends: tuple[int, list[_Group]] | None = None  # for a batch of so many rows
+        self.decided: list[Control] = []  # by the last step's logits
         self.drawn: list[Control] = []
         self.draws: Draws | None = None  # of the batch as it is
         self.ties = 0
@@ -273,6 +277,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     # -- every step ------------------------------------------------------------------------------------------------------
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for control in self.decided:
+            control.take_back()
+        self.decided.clear()
         if self.forcing:
             self._release()
         while self.agenda and self.agenda[0][0] <= self.clock:
@@ -351,11 +358,13 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         draws = [c.chance() for c in rows]
         chances = _chances(logits, rows, ids, draws)
         for control, draw, chance in zip(rows, draws, chances, strict=True):
-            if control.guards_end():
-                if draw < chance and not control.forbids_end():
+            if draw < chance and not (control.guards_end() and control.forbids_end()):
+                control.decide()
+                self.decided.append(control)
+                if control.guards_end():
                     control.end_came()
-            elif draw < chance:
-                control.ended_without_delimiter()
+                else:
+                    control.ended_without_delimiter()
             if control.forcing():
                 self.forcing.append(control)
         places = [c.row for c, ending in zip(rows, ids, strict=True) for _ in ending]
@@ -410,7 +419,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     def _watch(self, logits: torch.Tensor) -> None:
         """Token confidence of the rows that stop on it: minus the mean log-probability of their k likeliest tokens."""
-        live = [c for c in self.watched if not c.forcing() and len(c.output) >= c.seen]
+        live = [c for c in self.watched if not c.done and not c.forcing()]
         if not live:
             return
         most = min(max(c.stop_top_k for c in live), logits.shape[-1])
@@ -419,10 +428,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         at = torch.tensor([[min(c.stop_top_k, most) - 1] for c in live], device=top.device)
         sums = top.gather(-1, at).squeeze(-1).tolist()
         for control, total in zip(live, sums, strict=True):
-            control.seen = len(control.output) + 1
             if control.heard(-total / min(control.stop_top_k, most)):
+                control.decide()
+                self.decided.append(control)
                 control.close_now()
-                self.watched.remove(control)
                 if control.arrive():
                     self.forcing.append(control)
 

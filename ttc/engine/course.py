@@ -67,6 +67,7 @@ class Course:
     recent: deque[float] = field(default_factory=deque)
     recent_sum: float = 0.0
     seen: int = 0  # output length up to which confidences were taken
+    before: tuple[Any, ...] | None = None  # what ``take_back`` goes back to
 
     # -- where it is -----------------------------------------------------------------------------------------------------
     def thought_closed(self) -> bool:
@@ -174,6 +175,20 @@ class Course:
         self.inserted += 1
         return True
 
+    def decide(self) -> None:
+        """What is begun now rests on logits, and those of a prefill that is cut are of another position: no token will follow."""
+        if self.before is not None and self.before[0] == len(self.output):
+            return
+        self.before = (len(self.output), *(getattr(self, name) for name in _DECIDED), list(self.spans))
+
+    def take_back(self) -> None:
+        """Undo what was decided at this position, if no token followed."""
+        if self.before is not None and self.before[0] == len(self.output):
+            for name, value in zip(_DECIDED, self.before[1:-1], strict=True):
+                setattr(self, name, value)
+            self.spans = self.before[-1]
+        self.before = None
+
     def chance(self) -> float:
         """A number in [0, 1) from the branch's seed and the position only: SplitMix64 (Steele et al., OOPSLA 2014)."""
         x = (self.seed + (len(self.output) + 1) * 0x9E3779B97F4A7C15) & _BITS64
@@ -182,7 +197,11 @@ class Course:
         return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
     def heard(self, confidence: float) -> bool:
-        """One more token's confidence (nats); True if the mean of the last ``stop_window`` has fallen below ``stop_below``."""
+        """The confidence (nats) at this position, the last word counts; True if the mean of the last ``stop_window`` has fallen below
+        ``stop_below``."""
+        if self.seen > len(self.output):
+            self.recent_sum -= self.recent.pop()
+        self.seen = len(self.output) + 1
         self.recent.append(confidence)
         self.recent_sum += confidence
         if len(self.recent) > self.stop_window:
@@ -300,6 +319,11 @@ def check_fits(control: Steering, lengths: Sequence[int], thinking: int) -> None
                 f" {min(firsts) + length + 1}"
             )
 
+
+_DECIDED = (
+    "due", "span", "span_at", "begun", "ends_used", "checkpoint", "base", "closed_by_force", "done",
+)  # fmt: skip
+"""What a decision by logits changes, beside ``spans``."""
 
 INSTRUCTIONS = (
     "due", "think_close", "close", "lead", "triggers", "at", "relative", "at_end", "min_thinking", "loop_repeats", "stop_below",
