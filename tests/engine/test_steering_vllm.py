@@ -207,12 +207,17 @@ from ttc.engine.vllm import VLLMEngine
 from ttc.types import Control
 
 if __name__ == "__main__":
-    engine = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args={"num_gpu_blocks_override": 14})
+    args = {"num_gpu_blocks_override": 14, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    engine = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args=args)
     rng = random.Random(1)
     asked = [
-        request(p, i, 700, control=Control(TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 690), 6)))))
+        request(p, i, 700, control=Control(
+            TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 690), 6))), at_end=i % 3 and 2, min_thinking=300 * (i % 4 == 1)
+        ))
         for i, p in enumerate(sums(24, terms=24, seed=35))
     ]
+    for one in asked:
+        assert engine.count_prompt(one.problem) > 64, "a prefill is cut"
     done = finish(engine, asked)
     for ticket, completion in done.items():
         check(engine, asked[ticket - 1], completion)
@@ -225,7 +230,8 @@ if __name__ == "__main__":
 
 
 def test_preempted_branches_execute_their_instructions_once(tmp_path: Path) -> None:
-    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again."""
+    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again, in chunks beside others that
+    decode."""
     report = run_script(tmp_path, PREEMPTED)
     assert report["preempted"] > 0, "the pool was not small enough to test anything"
     assert report["triggers"] > 24
