@@ -6,9 +6,11 @@ against best-of-n and weighted votes with the same reward model). Accuracy is th
 bootstrapped over problems, and differences are paired by problem.
 
 With ``--out`` each arm's results of a task and seed are kept as they are done, and the same command goes on from there; none
-depends on what ran before it, and one of other weights than the models have now (reasoner or reward model) is not taken. What ``search`` is held against: chains drawn once and scored once, and what best-of-n, the
-weighted vote and the plain one make of the first n of them. The difference is to the same **at the search's own tokens**, what
-the reward model reads included: between the n that costs less and the one that costs more, in proportion.
+depends on what ran before it, and none of other weights than the models have now (reasoner or reward model) is taken.
+
+What ``search`` is held against: chains drawn once and scored once, and what best-of-n, the weighted vote and the plain one make of
+the first n of them. The difference is to the same **at the search's own tokens**, what the reward model reads included: between
+the n that costs less and the one that costs more, in proportion.
 """
 
 from __future__ import annotations
