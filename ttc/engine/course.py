@@ -197,8 +197,8 @@ class Course:
         return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
     def heard(self, confidence: float) -> bool:
-        """The confidence (nats) at this position (a second word replaces the first); True if the mean of the last ``stop_window`` has
-        fallen below ``stop_below``."""
+        """The confidence (nats) at this position (a second replaces the first). True if the mean of the last ``stop_window`` is
+        below ``stop_below``."""
         if self.seen > len(self.output):
             self.recent_sum -= self.recent.pop()
         self.seen = len(self.output) + 1
