@@ -157,7 +157,8 @@ def test_a_process_model_that_scores_at_marks(tmp_path: Path) -> None:
         vocab_size=130, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=512, architectures=["Qwen2ForProcessRewardModel"], dtype="float32",
     )  # fmt: skip
-    trunk = Qwen2Model(config).eval()
+    trunk = Qwen2Model(config)
+    trunk.train(False)
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
     for parameter in (*trunk.parameters(), *head.parameters()):
         if parameter.dim() == 2:

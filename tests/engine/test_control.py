@@ -152,7 +152,7 @@ def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> 
     batch.step()
     row = batch.remove_last()
     batch.step()
-    batch.add(output=row, **({"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]))
+    batch.add(output=row, **asked)
     for _ in range(cuts):
         if kind == "confidence":
             batch.step(cut=True, by=1.0)
