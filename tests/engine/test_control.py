@@ -146,7 +146,8 @@ def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> 
         "confidence": {"stop_below": 3.0, "stop_window": 2, "stop_top_k": 2},
     }
     batch = Batch()
-    batch.add(**({"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]))
+    asked: dict[str, Any] = {"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]
+    batch.add(**asked)
     for _ in range(cuts):
         batch.step(favourite=END, cut=True, by=60.0)
     batch.step()
