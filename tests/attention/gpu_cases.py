@@ -28,7 +28,8 @@ triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_acti
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of what the interpreter masks
 ALL = 100_000
 PAGE = 16
-WAYS = [("triton", "NHD"), ("flash", "NHD"), ("flash", "HND")]  # a step in the interpreter takes a second
+WAYS = [("triton", "NHD", ""), ("flash", "NHD", ""), ("flash", "HND", ""), ("triton", "NHD", "fixed"), ("flash", "HND", "fixed")]
+"""Backend, layout of the cache, and whether steps are planned for full CUDA graphs. A step in the interpreter takes a second."""
 
 
 @pytest.mark.parametrize(("dtype", "ids"), [(torch.bfloat16, Ids(2, 1)), (torch.float32, Ids(64, 2))])
@@ -82,28 +83,50 @@ def test_the_view_has_each_heads_part_of_a_page_as_a_page() -> None:
         assert torch.equal(made.keys(cache, some), cache[some][..., : both // 2])
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("mean", torch.bfloat16), ("bounds", torch.float32)])
+def test_one_launch_summarises_the_pages_of_all_layers(kind: str, dtype: torch.dtype) -> None:
+    from ttc.attention.fixed import Layers
+
+    torch.manual_seed(2)
+    caches = [torch.randn(6, 5, 2, 2 * 24).to(dtype).transpose(1, 2) for _ in range(3)]  # pages of 5 tokens, 24 channels
+    layers = {str(i): cache for i, cache in enumerate(caches)}
+    made = Layers({name: SimpleNamespace() for name in layers}, layers)
+    ids = torch.tensor([4, 1, 2])
+    made.summarise({kind: ids})
+    for cache, kept in zip(caches, made.kept, strict=True):
+        wanted = StridedCache(cache)
+        wanted.update(kind, cache, ids)
+        torch.testing.assert_close(kept[kind], wanted.kept[kind])
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
 @pytest.fixture(params=WAYS, ids="-".join)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """A backend and a layout of the cache."""
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str]:
+    """One of WAYS."""
+    from ttc.attention.fixed import Frame
+    from ttc.attention.gpu import GpuBuilder
+
+    if request.param[2]:
+        monkeypatch.setattr(GpuBuilder, "full_graphs", lambda _: True)
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", request.param[1])
     if request.param[0] == "triton":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     else:
         from vllm.v1.attention.backends import flash_attn
 
+        monkeypatch.setattr(Frame, "hold", lambda _, made: made)  # ``schedule`` makes no tensor
         monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
         for name, made in (
             ("flash_attn_varlen_func", paged_attention), ("reshape_and_cache_flash", write_cache),
             ("get_scheduler_metadata", schedule),
         ):  # fmt: skip
             monkeypatch.setattr(flash_attn, name, made, raising=False)
-    kind, layout = request.param
-    return kind, layout
+    kind, layout, fixed = request.param
+    return kind, layout, fixed
 
 
 def schedule(**told: Any) -> dict[str, Any]:
@@ -170,7 +193,7 @@ def asked() -> list[list[int]]:
     return [ids[:length] for ids, length in zip(prompts(2, shared=0), (60, 90), strict=True)]
 
 
-def test_reading_everything_through_the_per_head_path_is_stock(tiny: Path, way: tuple[str, str]) -> None:
+def test_reading_everything_through_the_per_head_path_is_stock(tiny: Path, way: tuple[str, str, str]) -> None:
     """Beside a dense row, and while another prompt is read in pieces."""
     settings = [KvSetting(ALL, "quest"), None]
     wanted = decode(backend(way[0], tiny, ours=False), asked(), tokens=4)
@@ -178,7 +201,7 @@ def test_reading_everything_through_the_per_head_path_is_stock(tiny: Path, way: 
 
 
 def test_every_choice_and_output_equals_the_reference(
-    tiny: Path, way: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, way: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All methods and a dense row in mixed batches; a row grows into the next page; evicted pages are reused."""
     from ttc.attention.flash_attn import FlashImpl

@@ -91,14 +91,14 @@ def prompts(count: int = 10, shared: int = 150, seed: int = 0) -> list[list[int]
     return made
 
 
-def decode(
+def add_requests(
     engine: Any,
     asked: Sequence[list[int]],
     settings: Sequence[KvSetting | None] | KvSetting | None = None,
     tokens: int = 40,
     salted: bool = True,
-) -> list[list[int]]:
-    """Greedy continuations, all submitted at once."""
+) -> None:
+    """Submit prompts for greedy continuations."""
     vllm = import_vllm()
     each = settings if isinstance(settings, Sequence) else [settings] * len(asked)
     for i, (ids, setting) in enumerate(zip(asked, each, strict=True)):
@@ -111,6 +111,17 @@ def decode(
         if setting is not None and salted:
             prompt["cache_salt"] = setting.salt
         engine.add_request(str(i), prompt, params)
+
+
+def decode(
+    engine: Any,
+    asked: Sequence[list[int]],
+    settings: Sequence[KvSetting | None] | KvSetting | None = None,
+    tokens: int = 40,
+    salted: bool = True,
+) -> list[list[int]]:
+    """Greedy continuations, all submitted at once."""
+    add_requests(engine, asked, settings, tokens, salted)
     done: dict[int, list[int]] = {}
     for _ in range(MOST_STEPS):
         for output in engine.step():

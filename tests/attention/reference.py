@@ -86,6 +86,63 @@ def watch(monkeypatch: Any, check: Callable[[Seen], None], layer_class: Any) -> 
         yield
 
 
+@contextmanager
+def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callable[[], None]]:
+    """For engines with full CUDA graphs that are opened within: what is given calls ``check`` for the rows of the step just made, if it
+    was one for graphs. Query, table and output of each layer are copied aside by launches that become part of the graphs."""
+    from ttc.attention.fixed import FixedPlanner, FixedStep
+    from ttc.attention.gpu import GpuImpl
+
+    notes: dict[str, tuple[Any, Tensor, Tensor, Tensor, Tensor]] = {}
+    steps: list[FixedStep] = []
+    attend, decode = GpuImpl.attend, FixedPlanner.decode
+
+    def attending(
+        self: Any, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor, metadata: Any, step: Any, plan: Any, table: Tensor
+    ) -> None:  # fmt: skip
+        attend(self, layer, query, kv_cache, output, metadata, step, plan, table)
+        if plan.frame is None:
+            return
+        found = notes.get(layer.layer_name)
+        if found is None or found[1].data_ptr() != kv_cache.data_ptr():
+            most, frame = step.planner.room.rows, plan.frame
+            made = [torch.zeros(most, *t.shape[1:], dtype=t.dtype, device=t.device) for t in (query, output)]
+            found = notes[layer.layer_name] = (self, kv_cache, *made, torch.zeros_like(frame.table))
+        for into, new in zip(found[2:], (query[: step.rows], output[: step.rows], table), strict=True):
+            into[: len(new)].copy_(new.view(len(new), *into.shape[1:]))
+
+    def deciding(self: Any, *told: Any) -> FixedStep:
+        steps[:] = [decode(self, *told)]
+        return steps[0]
+
+    def look() -> None:
+        for step in steps:
+            for impl, kv_cache, query, output, table in notes.values():
+                heads, page = kv_cache.shape[1], step.planner.page
+                shape = (heads, impl.num_heads // heads, kv_cache.shape[-1] // 2)
+                [plan] = step.plans.values()
+                for i, row in enumerate(step.settings):
+                    pages = step.tables[i, : step.pages[i]].tolist()
+                    if pages == [0]:
+                        continue  # padding
+                    kv = kv_cache[pages].transpose(1, 2).flatten(0, 1)[: step.lengths[i]].float().cpu()
+                    keys, values = kv.chunk(2, -1)
+                    own = slice(i * heads, (i + 1) * heads)
+                    check(
+                        Seen(
+                            row.setting.method if row else None, row.setting.budget if row else 0,
+                            query[i].view(shape).float().cpu(), keys, values, table[own].cpu(), plan.lengths[own].cpu(), pages, page,
+                            output[i].view(shape).float().cpu(), impl.scale, impl.cache.ids, torch.bfloat16,
+                        )
+                    )  # fmt: skip
+        steps.clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuImpl, "attend", attending)
+        patch.setattr(FixedPlanner, "decode", deciding)
+        yield look
+
+
 def page_values(seen: Seen, head: int) -> Tensor | None:
     """The worth of each page but the last by the method's formula, page by page; None for methods that look at no key."""
     query = seen.query[head]

@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.models import cached_tokens, decode, open_engine, open_stock, prompts, save_model
-from tests.attention.reference import checker, watch
+from tests.attention.models import (
+    add_requests,
+    cached_tokens,
+    decode,
+    open_engine,
+    open_stock,
+    prompts,
+    save_model,
+)
+from tests.attention.reference import checker, replayed, watch
 from tests.attention.test_settings import plain_reading
 from ttc.attention import choose
 from ttc.attention.choose import Ids
@@ -89,31 +97,36 @@ def test_the_triton_selector_keeps_the_best_of_many_pages(rule: int, pages: int)
 
 @dataclass
 class Way:
-    """One of vLLM's GPU backends and one layout of the cache."""
+    """One of vLLM's GPU backends, one layout of the cache, and whether rows that decode together are replayed as a CUDA graph."""
 
     backend: str
+    graphs: bool
     folder: Path
     stock: Any
     ours: Any
     options: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=["FLASH_ATTN-NHD", "FLASH_ATTN-HND", "TRITON_ATTN-NHD"])
+WAYS = ["FLASH_ATTN-NHD", "FLASH_ATTN-HND", "TRITON_ATTN-NHD", "FLASH_ATTN-HND-graphs", "TRITON_ATTN-NHD-graphs"]
+GRAPHS = {
+    "enforce_eager": False, "kernel_config": {"enable_jit_warmup": False},
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 6]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    backend, layout = request.param.split("-")
+    backend, layout, *graphs = request.param.split("-")
     folder = save_model(
         tmp_path_factory.mktemp("tiny"), head_dim=128, num_attention_heads=8, num_key_value_heads=4
     )
-    options = {
-        "attention_backend": backend, "block_size": PAGE, "gpu_memory_utilization": 0.3, "additional_config": {"ttc_sparse": {}},
-    }  # fmt: skip
+    options = {"attention_backend": backend, "block_size": PAGE, "gpu_memory_utilization": 0.3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
-        stock = open_stock(folder, backend, **options)
-        ours = open_engine(
-            folder, **options | {"additional_config": {"ttc_sparse": {"when": "always", "overhead": [1, 0]}}}
-        )
-        yield Way(backend, folder, stock, ours, options)
+        made = options | (GRAPHS if graphs else {})
+        stock = open_stock(folder, backend, **made)
+        ours = open_engine(folder, sparse={"when": "always", "overhead": [1, 0]}, **made)
+        yield Way(backend, bool(graphs), folder, stock, ours, options)
 
 
 @on_gpu
@@ -158,8 +171,9 @@ def test_every_choice_and_output_equals_the_reference(way: Way, monkeypatch: pyt
     from ttc.attention.flash_attn import FlashImpl
     from ttc.attention.triton_attn import TritonImpl
 
-    sparse = {"additional_config": {"ttc_sparse": {"when": "cheaper"}}}
-    engine = open_engine(way.folder, **way.options | sparse, num_gpu_blocks_override=150)
+    if way.graphs:
+        pytest.skip("a replayed step runs no Python to look at; that graphs choose as eager steps do is the next test")
+    engine = open_engine(way.folder, **way.options, num_gpu_blocks_override=150)
     tally: Counter[str] = Counter()
     settings: list[KvSetting | None] = [*(KvSetting(160, method) for method in METHODS), None]
     check: Callable[..., None] = checker(tally)
@@ -169,4 +183,25 @@ def test_every_choice_and_output_equals_the_reference(way: Way, monkeypatch: pyt
         for method in ("block-topk", "quest"):
             decode(engine, [prompts(1, seed=9)[0][:90]], KvSetting(160, method), tokens=110)
     assert set(tally) == set(METHODS)
+    assert min(tally.values()) > 100
+
+
+@on_gpu
+def test_replayed_steps_equal_the_reference(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row and layer of graphs with six rows and with four of which one is padding: their queries, tables and outputs are copied
+    within the graph. Pages that fill up while decoding are chosen from, too."""
+    if not way.graphs:
+        pytest.skip("there are no graphs here")
+    tally: Counter[str] = Counter()
+    with replayed(monkeypatch, checker(tally)) as look:
+        engine = open_engine(way.folder, **way.options | GRAPHS)
+        for count in (6, 3):
+            methods = ["block-topk", "quest", "streaming", None, "power", "quest"][:count]
+            settings = [KvSetting(96, method) if method else None for method in methods]
+            asked = [(ids * 9)[: 150 + 41 * i] for i, ids in enumerate(prompts(count, shared=0, seed=3))]
+            add_requests(engine, asked, settings, tokens=2 * PAGE)
+            while engine.has_unfinished_requests():
+                engine.step()
+                look()
+    assert set(tally) == {"block-topk", "quest", "streaming", "power"}
     assert min(tally.values()) > 100

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,12 @@ _WARNED: set[str] = set()
 
 
 class SparseBuilder:
-    """Adds ``metadata.ttc_step`` in steps in which some row decodes sparsely."""
+    """Adds ``metadata.ttc_step`` in steps in which some row decodes sparsely. ``pooled``: see ``Planner``."""
+
+    planner_class: ClassVar[type[Planner]] = Planner
+    pooled: ClassVar[bool] = False
+    repeats = 12  # of each measured time
+    made: Any = None
 
     if TYPE_CHECKING:
 
@@ -65,9 +70,10 @@ class SparseBuilder:
         self, options: SparseOptions, batch: Batch, overhead: worth.Overhead | None = None
     ) -> Planner:
         factors = options.factors(len(self.attention), self.spec.num_kv_heads)
-        return Planner(
+        return self.planner_class(
             options=options, batch=batch, factors=dict(zip(self.attention, factors, strict=True)), page=self.spec.block_size,
             device=self.where, finish=self.finish, measure=(lambda: overhead) if overhead is not None else self._overhead,
+            pooled=self.pooled,
         )  # fmt: skip
 
     def unfit(self, impls: Sequence[Any]) -> str:
@@ -91,8 +97,7 @@ class SparseBuilder:
         return next((reason for reason, here in reasons.items() if here), "")
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        metadata.ttc_step = None
+        metadata = self.stock(common_prefix_len, common_attn_metadata, fast_build)
         if not self.batch.rows:
             return metadata
         if self.planner is None or metadata.causal is not True:
@@ -100,16 +105,20 @@ class SparseBuilder:
                 f"{next(iter(self.attention), 'a layer')} and its like stay dense: {self.reason or 'not causal'}"
             )
             return metadata
-        common, n = common_attn_metadata, common_attn_metadata.num_reqs
-        on_host = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
-        lengths, starts = on_host[:n].tolist(), common.query_start_loc_cpu[: n + 1].tolist()
-        fresh = [b - a for a, b in pairwise(starts)]
-        prefilling = [False] * n if common.is_prefilling is None else common.is_prefilling[:n].tolist()
+        n, starts, lengths, fresh, prefilling = on_host(common_attn_metadata)
         step = self.planner.step(lengths, fresh, prefilling, metadata.block_table)
         if step is not None and step.rows < n:
             step.rest = self.rest(metadata, step.rows, n, starts, lengths)
         metadata.ttc_step = step
         return metadata
+
+    def stock(self, common_prefix_len: int, common: Any, fast_build: bool) -> Any:
+        """What vLLM's own builder makes of a step."""
+        if self.planner is not None and self.batch.rows:
+            self.planner.overhead  # noqa: B018  # measured now: that builds steps, too, and vLLM keeps one step's tensors for the next
+        self.made = super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
+        self.made.ttc_step = None
+        return self.made
 
     def finish(self, plan: LayerPlan) -> Any:
         """What this backend's kernel wants for a plan beside its table: the same in all layers."""
@@ -161,6 +170,18 @@ class SparseBuilder:
             worth.store(path, found, facts)
         return worth.by_time(found)
 
+    def clock(self, attention: Callable[[], None]) -> float:
+        """Seconds that the attention of some layers takes, as it is run here."""
+        begun = time.perf_counter()
+        attention()
+        settle(self.where)
+        return time.perf_counter() - begun
+
+    @contextmanager
+    def over(self, caches: dict[str, Tensor]) -> Iterator[None]:
+        """While open, the layers have these caches."""
+        yield
+
     @contextmanager
     def probing(self, setting: KvSetting) -> Iterator[Batch]:
         """While open, the builder plans for a batch of one row with this setting (and none, when its rows are cleared)."""
@@ -194,7 +215,7 @@ class SparseForward:
             return super().forward(  # type: ignore[misc,no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if self.cache is None or self.cache.where != kv_cache.data_ptr():
+        if self.cache is None or self.cache.where != (kv_cache.data_ptr(), kv_cache.shape):
             self.cache = self.summaries(kv_cache)
         for kind, ids in step.stale.items():
             self.cache.update(kind, kv_cache, ids)
@@ -228,7 +249,7 @@ class SparseForward:
         shared = planner.shared.get(anchor) if step.again else step.chosen.get(anchor)
         if shared is not None:
             return shared
-        table = plan.table.clone()
+        table = plan.table.clone() if plan.frame is None else plan.table
         heads = len(factors)
         grouped = query[: step.rows].view(step.rows, heads, self.num_heads // heads, -1)
         if plan.scored:
@@ -245,9 +266,18 @@ class SparseForward:
         return table
 
 
-def measure(builder: SparseBuilder, repeats: int = 12) -> worth.Overhead:
+def on_host(common: Any) -> tuple[int, list[int], list[int], list[int], list[bool]]:
+    """Rows of a step, and of each its first token, its length, its new tokens and whether it prefills: without asking the GPU."""
+    n = common.num_reqs
+    known = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
+    starts = common.query_start_loc_cpu[: n + 1].tolist()
+    prefilling = [False] * n if common.is_prefilling is None else common.is_prefilling[:n].tolist()
+    return n, starts, known[:n].tolist(), [b - a for a, b in pairwise(starts)], prefilling
+
+
+def measure(builder: SparseBuilder) -> worth.Overhead:
     """Time the attention of whole steps, dense and sparse, on up to four of the builder's layers over caches of noise, for one
-    sequence of few and one of many pages; the least of ``repeats``. From the four times: a KV token's, a page vector's, and what
+    sequence of few and one of many pages; the least of some repeats. From the four times: a KV token's, a page vector's, and what
     is left."""
     spec = builder.spec
     page, heads = spec.block_size, spec.num_kv_heads
@@ -268,18 +298,20 @@ def measure(builder: SparseBuilder, repeats: int = 12) -> worth.Overhead:
             batch.rows.clear()
             batch.rows.update(rows)
             common = _one_row(pages * page - 1, many, builder.where)
-            _settle(builder.where)
+            settle(builder.where)
             begun = time.perf_counter()
             metadata = builder.build(0, common)
             planned = time.perf_counter()
-            for layer, cache in zip(layers, caches, strict=True):
-                layer.impl.forward(layer, query, key, key, cache, metadata, output)
-            _settle(builder.where)
-            return (planned - begun) / len(builder.attention) + (time.perf_counter() - planned) / len(layers)
 
-        with torch.inference_mode():
+            def attention() -> None:
+                for layer, cache in zip(layers, caches, strict=True):
+                    layer.impl.forward(layer, query, key, key, cache, metadata, output)
+
+            return (planned - begun) / len(builder.attention) + builder.clock(attention) / len(layers)
+
+        with torch.inference_mode(), builder.over(dict(zip(builder.attention, caches, strict=False))):
             cells = [(pages, rows) for pages in (few, many) for rows in ({}, sparse)]
-            times = [[once(*cell) for cell in cells] for _ in range(repeats + 2)][2:]
+            times = [[once(*cell) for cell in cells] for _ in range(builder.repeats + 2)][2:]
     for layer, cache in zip(layers, before, strict=True):
         layer.impl.cache = cache
     dense_few, sparse_few, dense_many, sparse_many = (min(column) for column in zip(*times, strict=True))
@@ -304,7 +336,7 @@ def _one_row(length: int, pages: int, device: torch.device) -> Any:
     )  # fmt: skip
 
 
-def _settle(device: torch.device) -> None:
+def settle(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -14,12 +14,14 @@ from ttc.attention.steps import LayerPlan
 
 
 class FlashBuilder(GpuBuilder, base.FlashAttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is not type-checked here
-    """FlashAttention 3 is given a schedule, made once a step: lengths are the same in all layers."""
+    """FlashAttention 3 is given a schedule, made once a step: lengths are the same in all layers. How long it is depends on the
+    number of splits, and where that is left to it (0) on the longest length: schedule and call must be told the same."""
 
     def finish(self, plan: LayerPlan) -> dict[str, Any]:
         one = copy.copy(self)
         one.num_heads_q, one.num_heads_kv = self.num_heads_q // self.num_heads_kv, 1
-        return {"scheduler_metadata": one._schedule(plan.starts, 1, plan.lengths, plan.longest)}
+        made = one._schedule(plan.starts, 1, plan.lengths, plan.longest)
+        return {"scheduler_metadata": made if made is None or plan.frame is None else plan.frame.hold(made)}
 
     def rest(
         self, metadata: Any, first: int, n: int, starts: list[int], lengths: list[int]
@@ -31,13 +33,13 @@ class FlashBuilder(GpuBuilder, base.FlashAttentionMetadataBuilder):  # type: ign
         return made, token
 
     def _schedule(self, starts: Tensor, most: int, lengths: Tensor, longest: int) -> Tensor | None:
-        """As vLLM's builder makes it for whole rows (without full CUDA graphs FlashAttention chooses its number of splits: 0)."""
+        """As vLLM's builder makes it for whole rows, with the number of splits that it put into the step's metadata."""
         if not self.aot_schedule or envs.VLLM_BATCH_INVARIANT:
             return None
         made: Tensor = base.get_scheduler_metadata(
             batch_size=len(lengths), max_seqlen_q=most, max_seqlen_k=longest, num_heads_q=self.num_heads_q,
             num_heads_kv=self.num_heads_kv, headdim=self.headdim, cache_seqlens=lengths, qkv_dtype=self.kv_cache_dtype,
-            cu_seqlens_q=starts, page_size=self.block_size, causal=True, window_size=(-1, -1), num_splits=0,
+            cu_seqlens_q=starts, page_size=self.block_size, causal=True, window_size=(-1, -1), num_splits=self.made.max_num_splits,
         )  # fmt: skip
         return made
 

@@ -9,32 +9,115 @@ passed; the rest of that file has not run since it was mended (docs/sparse.md).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm import envs
+from vllm.config import CUDAGraphMode
 
-from ttc.attention import choose
-from ttc.attention.backend import SparseBuilder, SparseForward, device_name
+from ttc.attention import choose, worth
+from ttc.attention.backend import SparseBuilder, SparseForward, device_name, on_host, settle
+from ttc.attention.fixed import FixedPlanner, Layers, Room
 from ttc.attention.pages import StridedCache
-from ttc.attention.steps import LayerPlan, Step
+from ttc.attention.rows import Batch
+from ttc.attention.settings import CONFIG_KEY, ENVIRONMENT, SparseOptions
+from ttc.attention.steps import LayerPlan, Planner, Step
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPLAYS = 10
 
 class GpuBuilder(SparseBuilder):
     """Adds the sparse part of a step to vLLM's metadata."""
 
     supports_update_block_table = False  # a step holds its group's tables: each group plans its own
+    planner_class = FixedPlanner
+    pooled = True
+    caches: dict[str, Tensor] | None = None
+    layers: Layers | None = None
+
+    def full_graphs(self) -> bool:
+        """Whether steps in which all rows decode are replayed whole."""
+        return bool(self.config.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL)
+
+    def _planner(self, options: SparseOptions, batch: Batch, overhead: worth.Overhead | None = None) -> Planner:
+        made = super()._planner(options, batch, overhead)
+        assert isinstance(made, FixedPlanner)
+        most = self.config.scheduler_config.max_num_seqs
+        captured = self.config.compilation_config.max_cudagraph_capture_size or 0
+        page = self.spec.block_size
+        made.room = Room(max(most, captured), -(-self.config.model_config.max_model_len // page))
+        made.frames = self.frames = getattr(self, "frames", {})
+        return made
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """In full graphs every step of rows that all decode goes one way, also without sparse rows and outside of a graph."""
+        common = common_attn_metadata
+        if (
+            self.planner is None or not self.full_graphs() or common.max_query_len != 1 or common.causal is not True
+            or common.num_reqs > self.planner.room.rows
+        ):  # fmt: skip
+            return super().build(common_prefix_len, common, fast_build)
+        metadata = self.stock(common_prefix_len, common, fast_build)
+        _, _, lengths, fresh, prefilling = on_host(common)
+        metadata.ttc_step = self.planner.decode(lengths, fresh, prefilling, metadata.block_table, self._layers())
+        return metadata
+
+    def _layers(self) -> Layers:
+        caches = self.caches or {name: layer.kv_cache for name, layer in self.attention.items()}
+        if self.layers is None or self.layers.at != [(c.data_ptr(), c.shape) for c in caches.values()]:
+            self.layers = Layers({name: self.attention[name].impl for name in caches}, caches)
+        return self.layers
+
+    @contextmanager
+    def over(self, caches: dict[str, Tensor]) -> Iterator[None]:
+        kept = self.caches, self.layers
+        self.caches, self.layers = caches, None
+        if self.full_graphs():
+            self.repeats = 1  # each is the least of some replays
+        try:
+            yield
+        finally:
+            self.caches, self.layers = kept
+
+    def clock(self, attention: Callable[[], None]) -> float:
+        if self.where.type != "cuda" or not self.full_graphs():
+            return super().clock(attention)
+        attention()
+        settle(self.where)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            attention()
+        times = []
+        for _ in range(REPLAYS):
+            settle(self.where)
+            begun = time.perf_counter()
+            graph.replay()
+            settle(self.where)
+            times.append(time.perf_counter() - begun)
+        return min(times)
 
     def unfit(self, impls: Sequence[Any]) -> str:
         config, spec = self.config, self.spec
+        mode, full = config.compilation_config.cudagraph_mode, self.full_graphs()
+        asked = CONFIG_KEY in (config.additional_config or {}) or ENVIRONMENT in os.environ
         reasons = {
-            "full CUDA graphs, which fix what is read (start vLLM with cudagraph_mode PIECEWISE or NONE)": (
-                config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+            "full CUDA graphs of batches that also prefill (take another cudagraph_mode)": (
+                mode.mixed_mode() == CUDAGraphMode.FULL
             ),
+            f"full CUDA graphs captured without page choice (start vLLM with {ENVIRONMENT}='{{}}', or cudagraph_mode PIECEWISE)": (
+                full and not asked
+            ),
+            "full CUDA graphs with a choice that lasts several steps, or made in torch": full
+            and (self.options.share_steps > 1 or self.options.selector == "torch"),
             "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes the first)": config.use_v2_model_runner,
             "micro-batches (dual batch overlap)": config.parallel_config.use_ubatching,
             "a prefix that sees itself both ways": config.model_config.is_mm_prefix_lm,
@@ -62,7 +145,7 @@ class GpuBuilder(SparseBuilder):
         return str(named or envs.VLLM_KV_CACHE_LAYOUT or "NHD")
 
     def facts(self) -> dict[str, Any]:
-        told = {"device": device_name(self.where), "layout": self._layout()}
+        told = {"device": device_name(self.where), "layout": self._layout(), "graphs": self.full_graphs()}
         return super().facts() | told
 
     def finish(self, plan: LayerPlan) -> dict[str, Any]:
@@ -116,7 +199,8 @@ class GpuImpl(SparseForward):
         else:
             from ttc.attention import select_triton
 
-            select_triton.select(*args, ids=ids, pages=max(step.pages))
+            scores = None if plan.frame is None else plan.frame.scores
+            select_triton.select(*args, ids=ids, pages=step.widest, scores=scores)
 
     def narrow(self, metadata: Any, plan: LayerPlan) -> Any:
         """The step's metadata for the call in which every (row, KV head) is a sequence; its table changes from layer to layer."""

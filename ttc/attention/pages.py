@@ -51,7 +51,7 @@ class Cache:
     def __init__(self, kv_cache: Tensor) -> None:
         self.blocks, self.heads, self.page, both = kv_cache.shape
         self.channels = both // 2
-        self.where = kv_cache.data_ptr()
+        self.where = kv_cache.data_ptr(), kv_cache.shape
         self.kept: dict[
             str, Tensor
         ] = {}  # mean: [N, H, D] mean keys; bounds: [N, H, 2, D] least and largest per channel
@@ -60,16 +60,21 @@ class Cache:
         """Keys [n, H, page, D] of the pages ``ids`` [n]."""
         raise NotImplementedError
 
-    def update(self, kind: str, kv_cache: Tensor, ids: Tensor) -> None:
-        """Summarise the pages ``ids`` afresh."""
-        into = self.kept.get(kind)
-        if into is None:
+    def room(self, kind: str, kv_cache: Tensor) -> Tensor:
+        """The tensor of one kind of summaries, made when first asked for."""
+        found = self.kept.get(kind)
+        if found is None:
             middle = () if kind == "mean" else (2,)
             kept = kv_cache.dtype if kv_cache.dtype == torch.bfloat16 else torch.float32
-            into = torch.zeros(
+            found = torch.zeros(
                 self.blocks, self.heads, *middle, self.channels, dtype=kept, device=kv_cache.device
             )
-            self.kept[kind] = into
+            self.kept[kind] = found
+        return found
+
+    def update(self, kind: str, kv_cache: Tensor, ids: Tensor) -> None:
+        """Summarise the pages ``ids`` afresh."""
+        into = self.room(kind, kv_cache)
         for part in torch.split(ids, self.at_once):
             keys = self.keys(kv_cache, part)
             if kind == "mean":

@@ -41,6 +41,7 @@ class LayerPlan:
     starts: Tensor  # [b * H + 1]
     backend: Any = None  # what the kernel wants beside: the backend's own
     narrow: Any = None  # likewise, made when a layer first needs it
+    frame: Any = None  # where these tensors lie, if that is fixed (``fixed``): then the table is filled in place
 
 
 @dataclass(slots=True)
@@ -60,6 +61,11 @@ class Step:
     plans: dict[Factors, LayerPlan] = field(default_factory=dict)
     chosen: dict[Any, Tensor] = field(default_factory=dict)
     again: bool = False  # the choices of an earlier step still hold
+
+    @property
+    def widest(self) -> int:
+        """No row has more pages."""
+        return max(self.pages)
 
     def plan(self, factors: Factors, ids: Ids) -> LayerPlan:
         found = self.plans.get(factors)
@@ -86,15 +92,16 @@ def pages_kept(
 
 class Planner:
     """Plans the steps of one group of layers. ``factors``: for each layer, in order, those on the budget by KV head (None: it stays
-    dense). ``finish`` adds what the kernel wants to a plan; ``measure`` says what choosing costs, when first asked."""
+    dense). ``finish`` adds what the kernel wants to a plan; ``measure`` says what choosing costs, when first asked.
+    ``pooled``: the fixed part of that falls on a step, not on a row, so rows that choose together share it."""
 
     def __init__(
         self, *, options: SparseOptions, batch: Batch, factors: Mapping[str, Factors | None], page: int, device: torch.device,
-        finish: Callable[[LayerPlan], Any], measure: Callable[[], Overhead],
+        finish: Callable[[LayerPlan], Any], measure: Callable[[], Overhead], pooled: bool = False,
     ) -> None:  # fmt: skip
         self.options, self.batch, self.page, self.device = options, batch, page, device
         self.factors, self.layers = dict(factors), list(factors.values())
-        self.finish, self._measure = finish, measure
+        self.finish, self._measure, self.pooled = finish, measure, pooled
         self.name = next(iter(factors))
         groups = {name: i // options.share_layers for i, name in enumerate(factors)}
         self.anchors = {
@@ -104,9 +111,7 @@ class Planner:
             factors
         )  # the part of the layers that score pages
         self.shared: dict[Any, Tensor] = {}  # choices that later steps may take over
-        self.below: dict[
-            KvSetting, float
-        ] = {}  # contexts up to which a row with this setting reads everything
+        self.below: dict[tuple[KvSetting, int], float] = {}  # see ``_below``
         self.mark: Any = None
         self.age = 0  # steps that they have served
 
@@ -114,27 +119,58 @@ class Planner:
     def overhead(self) -> Overhead:
         return self._measure()
 
-    def _overhead(self, setting: KvSetting) -> Overhead:
-        """The oracle reads every key to choose: it is there to be measured, and never judged by its time."""
-        return (
-            self.overhead if setting.method != "oracle-topk" else Overhead(0.0, min(0.0, self.overhead.fixed))
-        )
+    def _overhead(self, setting: KvSetting, among: int = 1) -> Overhead:
+        """What choosing costs one of ``among`` rows. The oracle reads every key to choose: it is there to be measured, and never
+        judged by its time."""
+        whole = self.overhead
+        if setting.method == "oracle-topk":
+            return Overhead(0.0, min(0.0, whole.fixed))
+        if whole.fixed <= 0 or among == 1:
+            return whole
+        return Overhead(whole.vector, whole.fixed / among if among else 0.0)
 
     def dense_below(self, setting: KvSetting) -> float:
         """The context, in tokens, up to which a row reads everything."""
         return self._overhead(setting).dense_below(setting, self.page)
 
+    def _kept(
+        self, settings: Sequence[Row | None], lengths: Sequence[int], pages: Sequence[int]
+    ) -> dict[Factors, list[list[int]]]:
+        """Pages that each row keeps in each KV head, by the layers' factors."""
+        among = self._among(settings, lengths)
+        return {
+            factors: [
+                [count] * len(factors) if row is None
+                else pages_kept(row.setting, count, self.page, factors, self._overhead(row.setting, among))
+                for row, count in zip(settings, pages, strict=True)
+            ]
+            for factors in {f for f in self.layers if f is not None}
+        }  # fmt: skip
+
+    def _among(self, settings: Sequence[Row | None], lengths: Sequence[int]) -> int:
+        """The rows that a step's fixed cost is shared among: those that would choose if it were nothing."""
+        if not self.pooled or not any(settings):
+            return 1
+        return max(1, sum(
+            row is not None and length > self._below(row.setting, 0)
+            for row, length in zip(settings, lengths, strict=False)
+        ))  # fmt: skip
+
+    def _below(self, setting: KvSetting, among: int) -> float:
+        """The context up to which a row reads everything where ``among`` rows share the fixed cost (0: there is none)."""
+        found = self.below.get((setting, among))
+        if found is None:
+            found = self._overhead(setting, among).dense_below(setting, self.page)
+            self.below[setting, among] = found
+        return found
+
     def _all_dense(self, settings: Sequence[Row | None], lengths: Sequence[int]) -> bool:
         """Whether no row is long enough to read a part: known at once, so that staying dense costs nothing."""
-        for row, length in zip(settings, lengths, strict=False):
-            if row is None:
-                continue
-            below = self.below.get(row.setting)
-            if below is None:
-                below = self.below[row.setting] = self.dense_below(row.setting)
-            if length > below:
-                return False
-        return True
+        among = self._among(settings, lengths)
+        return not any(
+            row is not None and length > self._below(row.setting, among)
+            for row, length in zip(settings, lengths, strict=False)
+        )
 
     def step(
         self, lengths: Sequence[int], fresh: Sequence[int], prefilling: Sequence[bool], tables: Tensor
@@ -147,14 +183,7 @@ class Planner:
             self.mark = None
             return None
         pages = [-(-length // self.page) for length in lengths[:rows]]
-        kept = {
-            factors: [
-                [count] * len(factors) if row is None
-                else pages_kept(row.setting, count, self.page, factors, self._overhead(row.setting))
-                for row, count in zip(settings, pages, strict=True)
-            ]
-            for factors in {f for f in self.layers if f is not None}
-        }  # fmt: skip
+        kept = self._kept(settings, lengths, pages)
         again = False
         if self.options.share_steps > 1:
             mark = (self.batch.version, pages)
@@ -186,14 +215,15 @@ class Planner:
                 row.count(skipped / layers, pages[i] * vectors * self.choosing)
         return sparse
 
-    def _stale(self, step: Step) -> dict[str, Tensor]:
-        """Pages of rows that choose by summaries, full and not yet summarised for that row, by kind."""
+    def _stale(self, step: Step, ahead: int = 0) -> dict[str, Tensor]:
+        """Pages of rows that choose by summaries, full and not yet summarised for that row, by kind; full without the last
+        ``ahead`` tokens."""
         parts: dict[str, list[Tensor]] = {}
         for i, row in enumerate(step.settings):
             kind = KINDS.get(row.setting.method) if row is not None else None
             if row is None or kind is None or not any(min(k[i]) < step.pages[i] for k in step.kept.values()):
                 continue
-            done, full = row.done.get(self.name, 0), step.lengths[i] // self.page
+            done, full = row.done.get(self.name, 0), (step.lengths[i] - ahead) // self.page
             if full > done:
                 parts.setdefault(kind, []).append(step.tables[i, done:full].long())
                 row.done[self.name] = full

@@ -149,9 +149,10 @@ class _Turns:
 
         self.engine, self.cell = engine, cell
         self.batch = rows.batch_of(engine.vllm_config)
-        if "" not in self.batch.served.values():
-            raise EngineError("bench: the sparse backend is not in force here; see 'ttc doctor'")
-        self.device = device_name(next(iter(self.batch.planners.values())).device)
+        if cell.budgets and "" not in self.batch.served.values():
+            reasons = "; ".join(filter(None, self.batch.served.values())) or "see 'ttc doctor'"
+            raise EngineError(f"bench: the sparse backend is not in force here: {reasons}")
+        self.device = device_name(engine.vllm_config.device_config.device)
         vllm = sys.modules["vllm"]
         for i in range(cell.batch):
             params = vllm.SamplingParams(temperature=0.0, max_tokens=ROOM, ignore_eos=True, detokenize=False)
