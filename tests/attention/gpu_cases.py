@@ -28,7 +28,13 @@ triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_acti
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of what the interpreter masks
 ALL = 100_000
 PAGE = 16
-WAYS = [("triton", "NHD", ""), ("flash", "NHD", ""), ("flash", "HND", ""), ("triton", "NHD", "fixed"), ("flash", "HND", "fixed")]
+WAYS = [
+    ("triton", "NHD", ""),
+    ("flash", "NHD", ""),
+    ("flash", "HND", ""),
+    ("triton", "NHD", "fixed"),
+    ("flash", "HND", "fixed"),
+]
 """Backend, layout of the cache, and whether steps are planned for full CUDA graphs. A step in the interpreter takes a second."""
 
 
@@ -88,7 +94,9 @@ def test_one_launch_summarises_the_pages_of_all_layers(kind: str, dtype: torch.d
     from ttc.attention.fixed import Layers
 
     torch.manual_seed(2)
-    caches = [torch.randn(6, 5, 2, 2 * 24).to(dtype).transpose(1, 2) for _ in range(3)]  # pages of 5 tokens, 24 channels
+    caches = [
+        torch.randn(6, 5, 2, 2 * 24).to(dtype).transpose(1, 2) for _ in range(3)
+    ]  # pages of 5 tokens, 24 channels
     layers = {str(i): cache for i, cache in enumerate(caches)}
     made = Layers({name: SimpleNamespace() for name in layers}, layers)
     ids = torch.tensor([4, 1, 2])

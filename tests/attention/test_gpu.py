@@ -107,7 +107,13 @@ class Way:
     options: dict[str, Any]
 
 
-WAYS = ["FLASH_ATTN-NHD", "FLASH_ATTN-HND", "TRITON_ATTN-NHD", "FLASH_ATTN-HND-graphs", "TRITON_ATTN-NHD-graphs"]
+WAYS = [
+    "FLASH_ATTN-NHD",
+    "FLASH_ATTN-HND",
+    "TRITON_ATTN-NHD",
+    "FLASH_ATTN-HND-graphs",
+    "TRITON_ATTN-NHD-graphs",
+]
 GRAPHS = {
     "enforce_eager": False, "kernel_config": {"enable_jit_warmup": False},
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 6]},
@@ -172,7 +178,9 @@ def test_every_choice_and_output_equals_the_reference(way: Way, monkeypatch: pyt
     from ttc.attention.triton_attn import TritonImpl
 
     if way.graphs:
-        pytest.skip("a replayed step runs no Python to look at; that graphs choose as eager steps do is the next test")
+        pytest.skip(
+            "a replayed step runs no Python to look at; that graphs choose as eager steps do is the next test"
+        )
     engine = open_engine(way.folder, **way.options, num_gpu_blocks_override=150)
     tally: Counter[str] = Counter()
     settings: list[KvSetting | None] = [*(KvSetting(160, method) for method in METHODS), None]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger("ttc.attention")
+MEASURED_PAGES = 128  # the most that a sequence has while the cost of choosing is measured
 _WARNED: set[str] = set()
 
 
@@ -282,7 +283,7 @@ def measure(builder: SparseBuilder) -> worth.Overhead:
     spec = builder.spec
     page, heads = spec.block_size, spec.num_kv_heads
     page_bytes = heads * page * 2 * spec.head_size * spec.dtype.itemsize
-    few, many = 8, max(32, min(128, 2**25 // page_bytes))
+    few, many = 8, max(32, min(MEASURED_PAGES, 2**25 // page_bytes))
     layers = list(builder.attention.values())[:4]
     stock = builder.blank_cache(many)
     caches = [stock, *(stock.clone() for _ in layers[1:])]

@@ -1,5 +1,5 @@
-"""Decode steps for full CUDA graphs: a graph replays fixed launches on fixed addresses, so all that changes from step to step lies in
-tensors that are made once, and every row goes the same way.
+"""Decode steps for full CUDA graphs: a graph replays fixed launches on fixed addresses, so all that changes from step to step lies
+in tensors that are made once, and every row goes the same way.
 
 A dense row is one that keeps all its pages; so one graph serves dense and sparse rows alike, and what a row reads is decided as
 ever, on the host, before the step. Page choice is part of the graph (rows without a rule leave its kernels at once); page
@@ -18,7 +18,8 @@ from torch import Tensor
 from ttc.attention.choose import Ids, static_pages
 from ttc.attention.pages import StridedCache
 from ttc.attention.rows import Row
-from ttc.attention.steps import VECTORS, Factors, LayerPlan, Planner, Step
+from ttc.attention.steps import Factors, LayerPlan, Planner, Step
+from ttc.attention.worth import VECTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,23 @@ class Frame:
         total = sum(sizes.values())
         self.host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.there = torch.zeros(total, dtype=torch.int32, device=device)
-        self.told = dict(zip(sizes, (part.numpy() for part in self.host.split(list(sizes.values()))), strict=True))
-        self.counts, self.rules, self.keep, self.lengths = self.there.split(list(sizes.values()))
+        here = torch.split(self.host, list(sizes.values()))
+        self.told = {name: part.numpy() for name, part in zip(sizes, here, strict=True)}
+        self.counts, self.rules, self.keep, self.lengths = torch.split(self.there, list(sizes.values()))
         self.table = torch.zeros(rows * heads, room.pages, dtype=torch.int32, device=device)
         self.scores = torch.empty(rows * heads, room.pages, dtype=torch.float32, device=device)
         self.starts = torch.arange(rows * heads + 1, dtype=torch.int32, device=device)
         self.heads = torch.arange(heads, dtype=torch.int32, device=device)[None, :, None]
         self.schedule = torch.zeros(1 + 4 * rows * heads, dtype=torch.int32, device=device)
 
-    def fill(self, counts: Sequence[int], rules: Sequence[int], keep: Sequence[Sequence[int]], page: int, lengths: Sequence[int]) -> None:
+    def fill(
+        self,
+        counts: Sequence[int],
+        rules: Sequence[int],
+        keep: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        page: int,
+    ) -> None:
         """Put the rows' numbers on the device, in one copy."""
         n, heads = len(counts), self.heads.shape[1]
         self.told["counts"][:n], self.told["rules"][:n] = counts, rules
@@ -115,12 +124,18 @@ class FixedPlanner(Planner):
     frames: dict[Factors, Frame]
 
     def decode(
-        self, lengths: Sequence[int], fresh: Sequence[int], prefilling: Sequence[bool], tables: Tensor, layers: Layers
+        self,
+        lengths: Sequence[int],
+        fresh: Sequence[int],
+        prefilling: Sequence[bool],
+        tables: Tensor,
+        layers: Layers,
     ) -> FixedStep:
-        """Plan a step of rows with at most one new token each: rows that pad the batch have none, and rows that prefill are dense."""
+        """Plan a step of rows with at most one new token each: rows that pad the batch have none; rows that prefill are dense."""
         n = len(lengths)
         settings = [
-            self.graphable(self.batch.rows.get(i)) if fresh[i] == 1 and not prefilling[i] else None for i in range(n)
+            self.graphable(self.batch.rows.get(i)) if fresh[i] == 1 and not prefilling[i] else None
+            for i in range(n)
         ]
         lengths = [max(1, length) for length in lengths]  # padding reads the null page
         pages = [-(-length // self.page) for length in lengths]
@@ -137,7 +152,9 @@ class FixedPlanner(Planner):
         from ttc.attention.backend import warn
 
         if row is not None and row.setting.method == "oracle-topk":
-            warn("oracle-topk can't be part of a CUDA graph and stays dense; start vLLM with enforce_eager to measure it")
+            warn(
+                "oracle-topk can't be part of a CUDA graph and stays dense; start vLLM with enforce_eager to measure it"
+            )
             return None
         return row
 
@@ -153,7 +170,7 @@ class FixedPlanner(Planner):
             rules[i] = VECTORS.get(row.setting.method, 0)
             if not rules[i]:
                 still.append(i)
-        frame.fill(step.pages, rules, kept, self.page, step.lengths)
+        frame.fill(step.pages, rules, kept, step.lengths, self.page)
         table = frame.table[: n * heads]
         width = min(self.room.pages, step.tables.shape[1])
         whole = table.view(n, heads, -1)[:, :, :width]
@@ -168,7 +185,9 @@ class FixedPlanner(Planner):
                     at[j, [h for h in range(heads) if kept[i][h] == k], :k] = positions
             rows = torch.tensor(still).to(self.device, non_blocking=True)
             chosen = step.tables[rows].gather(1, at.view(len(still), -1).to(self.device)).view(at.shape)
-            table.view(n, heads, -1)[rows, :, :widest] = (chosen * ids.block + frame.heads * ids.head).to(torch.int32)
+            table.view(n, heads, -1)[rows, :, :widest] = (chosen * ids.block + frame.heads * ids.head).to(
+                torch.int32
+            )
         step.counts = frame.counts[:n]
         plan = LayerPlan(
             kept, frame.keep[: n * heads].view(n, heads), frame.lengths[: n * heads], self.room.pages * self.page, table,

@@ -23,7 +23,7 @@ from vllm import envs
 from vllm.config import CUDAGraphMode
 
 from ttc.attention import choose, worth
-from ttc.attention.backend import SparseBuilder, SparseForward, device_name, on_host, settle
+from ttc.attention.backend import MEASURED_PAGES, SparseBuilder, SparseForward, device_name, on_host, settle
 from ttc.attention.fixed import FixedPlanner, Layers, Room
 from ttc.attention.pages import StridedCache
 from ttc.attention.rows import Batch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REPLAYS = 10
+
 
 class GpuBuilder(SparseBuilder):
     """Adds the sparse part of a step to vLLM's metadata."""
@@ -48,27 +49,30 @@ class GpuBuilder(SparseBuilder):
         """Whether steps in which all rows decode are replayed whole."""
         return bool(self.config.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL)
 
-    def _planner(self, options: SparseOptions, batch: Batch, overhead: worth.Overhead | None = None) -> Planner:
+    def _planner(
+        self, options: SparseOptions, batch: Batch, overhead: worth.Overhead | None = None
+    ) -> Planner:
         made = super()._planner(options, batch, overhead)
         assert isinstance(made, FixedPlanner)
         most = self.config.scheduler_config.max_num_seqs
         captured = self.config.compilation_config.max_cudagraph_capture_size or 0
-        page = self.spec.block_size
-        made.room = Room(max(most, captured), -(-self.config.model_config.max_model_len // page))
+        pages = -(-self.config.model_config.max_model_len // self.spec.block_size)
+        made.room = Room(max(most, captured), max(pages, MEASURED_PAGES))
         made.frames = self.frames = getattr(self, "frames", {})
         return made
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """In full graphs every step of rows that all decode goes one way, also without sparse rows and outside of a graph."""
         common = common_attn_metadata
+        planner = self.planner
         if (
-            self.planner is None or not self.full_graphs() or common.max_query_len != 1 or common.causal is not True
-            or common.num_reqs > self.planner.room.rows
+            not isinstance(planner, FixedPlanner) or not self.full_graphs() or common.max_query_len != 1
+            or common.causal is not True or common.num_reqs > planner.room.rows
         ):  # fmt: skip
             return super().build(common_prefix_len, common, fast_build)
         metadata = self.stock(common_prefix_len, common, fast_build)
         _, _, lengths, fresh, prefilling = on_host(common)
-        metadata.ttc_step = self.planner.decode(lengths, fresh, prefilling, metadata.block_table, self._layers())
+        metadata.ttc_step = planner.decode(lengths, fresh, prefilling, metadata.block_table, self._layers())
         return metadata
 
     def _layers(self) -> Layers:

@@ -41,7 +41,9 @@ class LayerPlan:
     starts: Tensor  # [b * H + 1]
     backend: Any = None  # what the kernel wants beside: the backend's own
     narrow: Any = None  # likewise, made when a layer first needs it
-    frame: Any = None  # where these tensors lie, if that is fixed (``fixed``): then the table is filled in place
+    frame: Any = (
+        None  # where these tensors lie, if that is fixed (``fixed``): then the table is filled in place
+    )
 
 
 @dataclass(slots=True)
