@@ -131,8 +131,8 @@ def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callab
                     check(
                         Seen(
                             row.setting.method if row else None, row.setting.budget if row else 0,
-                            query[i].view(shape).float().cpu(), keys, values, table[own].cpu(), plan.lengths[own].cpu(), pages, page,
-                            output[i].view(shape).float().cpu(), impl.scale, impl.cache.ids, torch.bfloat16,
+                            query[i].view(shape).float().cpu(), keys, values, table[own].cpu(), plan.lengths[own].cpu(), pages,
+                            page, output[i].view(shape).float().cpu(), impl.scale, impl.cache.ids, torch.bfloat16,
                         )
                     )  # fmt: skip
         steps.clear()

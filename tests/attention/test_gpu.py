@@ -196,8 +196,8 @@ def test_every_choice_and_output_equals_the_reference(way: Way, monkeypatch: pyt
 
 @on_gpu
 def test_replayed_steps_equal_the_reference(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row and layer of graphs with six rows and with four of which one is padding: their queries, tables and outputs are copied
-    within the graph. Pages that fill up while decoding are chosen from, too."""
+    """Every row and layer of graphs with six rows and with four of which one is padding: their queries, tables and outputs are
+    copied within the graph. Pages that fill up while decoding are chosen from, too."""
     if not way.graphs:
         pytest.skip("there are no graphs here")
     tally: Counter[str] = Counter()
