@@ -88,8 +88,8 @@ def watch(monkeypatch: Any, check: Callable[[Seen], None], layer_class: Any) -> 
 
 @contextmanager
 def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callable[[], None]]:
-    """For engines with full CUDA graphs that are opened within: what is given calls ``check`` for the rows of the step just made, if it
-    was one for graphs. Query, table and output of each layer are copied aside by launches that become part of the graphs."""
+    """For engines with full CUDA graphs that are opened within: it yields what calls ``check`` for the rows of the step just made,
+    if it was one for graphs. Query, table and output of each layer are copied aside by launches that become part of the graphs."""
     from ttc.attention.fixed import FixedPlanner, FixedStep
     from ttc.attention.gpu import GpuImpl
 
