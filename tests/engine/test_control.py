@@ -148,17 +148,15 @@ def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> 
     batch = Batch()
     asked: dict[str, Any] = {"due": 50, "think_close": [CLOSE], "close": [CLOSE]} | told[kind]
     batch.add(**asked)
+    misleading: dict[str, Any] = {} if kind == "confidence" else {"favourite": END, "by": 60.0}
     for _ in range(cuts):
-        batch.step(favourite=END, cut=True, by=60.0)
+        batch.step(cut=True, **misleading)
     batch.step()
     row = batch.remove_last()
     batch.step()
     batch.add(output=row, **asked)
     for _ in range(cuts):
-        if kind == "confidence":
-            batch.step(cut=True, by=1.0)
-        else:
-            batch.step(favourite=END, cut=True, by=60.0)
+        batch.step(cut=True, **misleading)
     batch.step(by=60.0)
     batch.step(by=60.0)
     assert row == [20] * 3

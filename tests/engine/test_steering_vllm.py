@@ -343,6 +343,8 @@ def test_what_no_branch_of_this_model_can_follow_is_refused(engine: VLLMEngine) 
         _check_control(parse("beam?step=%0A%0A%0A&tokens=9"), engine)
     with pytest.raises(InputError, match="trigger"):
         engine.check_control(Control(("",), (5,)))
+    with pytest.raises(InputError, match="no token for a part of 'Wait ☃'"):
+        engine.check_control(Control(("Wait ☃",), (5,)))
     _check_control(parse("beam?step=;&tokens=9"), engine)
 
 
