@@ -268,7 +268,9 @@ class VLLMEngine:
             if not ids:
                 raise InputError(f"trigger: {text!r} is no token of {self.files.name}'s; give some words")
             if self._tokenizer.unk_token_id in ids:
-                raise InputError(f"trigger: {self.files.name} has no token for a part of {text!r}; use other words")
+                raise InputError(
+                    f"trigger: {self.files.name} has no token for a part of {text!r}; use other words"
+                )
             self._spans[text] = ids
         return ids
 
