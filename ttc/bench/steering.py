@@ -3,7 +3,8 @@
 One engine, the arms turn by turn in one run: 32 branches of one fixed length, three triggers each, end marks off (min_tokens), so
 that every arm writes the same number of tokens. ``in-engine`` forces the triggers in the step loop; ``resubmit`` ends the request
 at each checkpoint, appends the trigger and submits the whole again (prefix caching on: what peers do, at their best, without
-HTTP); ``bare`` has no instructions at all. And the processor alone: seconds a step at 1, 64 and 256 rows.
+HTTP); ``bare`` has no instructions at all. And the processor alone: seconds a step at 1, 64 and 256 rows; and how long the
+controller's word takes to a running branch (``ttc.bench.words``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from ttc.bench import words
 from ttc.errors import InputError
 
 TRIGGER = "Wait! Maybe I made some mistakes! I need to rethink from scratch."
@@ -205,6 +207,7 @@ def main(*, model: str, branches: int, tokens: int, triggers: int, rounds: int, 
             for size in (vocab, 151_936)
             for rows in (1, 64, 256)
         },
+        "word": words.measure(model, branches),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]},
     }  # fmt: skip
     if as_json:
@@ -235,3 +238,12 @@ def _print(report: dict[str, Any]) -> None:
     for rows, found in report["processor_us"].items():
         steps.add_row(rows, *(f"{value:,.0f}" for value in found.values()))
     stdout.print(steps)
+    said = Table(title="The controller's word", title_justify="left")
+    for heading in ("where", "obeyed", "tokens until then, median", "most", "microseconds to say it"):
+        said.add_column(heading, justify="left" if heading == "where" else "right")
+    for where, found in report["word"].items():
+        said.add_row(
+            where, f"{found['obeyed']:.0f} of {found['said']:.0f}", f"{found['lag']:.0f}", f"{found['most_lag']:.0f}",
+            f"{found['us']:,.0f}",
+        )  # fmt: skip
+    stdout.print(said)
