@@ -126,7 +126,8 @@ def solve(
         options |= {} if page is None else {"kv_page": page}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
     judge = load_reward(reward) if reward is not None else None
-    check_reward(settings.resolved()[0], judge)
+    rule, most = settings.resolved()
+    check_reward(rule, judge, most.unit)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run
 

@@ -44,9 +44,10 @@ class Reader:
     _kept: OrderedDict[int, Read] = field(default_factory=OrderedDict)  # by ``_marks`` of its whole
     _bytes: int = 0
 
-    def fresh(self, rows: Sequence[Sequence[int]], shared: int) -> int:
-        """Tokens that reading ``rows`` computes; their first ``shared``, the same in all, once at the most."""
-        return sum(len(ids) - known for ids, known in self._plan(rows, shared))
+    def planned(self, rows: Sequence[Sequence[int]], shared: int) -> list[tuple[int, int]]:
+        """What reading ``rows`` computes: of each sequence its length, and how much of it is known by then. Their first ``shared``
+        tokens, the same in all, are computed once at the most."""
+        return [(len(ids), known) for ids, known in self._plan(rows, shared)]
 
     @torch.no_grad()
     def last(self, rows: Sequence[Sequence[int]], shared: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ttc.costmodel import ModelShape
 from ttc.rl import tokenizer
 from ttc.rl.model import Linear, Trunk, config_shape, hf_config
 from ttc.rl.reading import BATCH_TOKENS, Reader
@@ -54,13 +55,17 @@ class NanoReward:
     logits for ``outcome``.
     """
 
-    def __init__(self, name: str, kind: Kind, net: RewardNet) -> None:
-        self.name, self.kind, self.net = name, kind, net.eval()
+    def __init__(self, name: str, kind: Kind, net: RewardNet, shape: ModelShape | None = None) -> None:
+        self.name, self.kind, self.net, self.shape = name, kind, net.eval(), shape
         self._reader = Reader(net.model)
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
         """Tokens that ``score`` reads now: of prompt and texts, what it has not read before (``ttc.rl.reading``)."""
-        return self._reader.fresh(_inputs(problem, texts), len(_prompt(problem)))
+        return sum(length - known for length, known in self.reads(problem, texts))
+
+    def reads(self, problem: Problem, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """Of each sequence that ``score`` computes its length, and how much of it was read before."""
+        return self._reader.planned(_inputs(problem, texts), len(_prompt(problem)))
 
     @torch.no_grad()
     def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
@@ -122,7 +127,7 @@ def load(folder: Path) -> NanoReward:
         {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     )
     info = json.loads((folder / "card.json").read_text())
-    return NanoReward(info["name"], info["kind"], net)
+    return NanoReward(info["name"], info["kind"], net, ModelShape.load(folder))
 
 
 def save(net: RewardNet, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

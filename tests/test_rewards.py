@@ -76,6 +76,14 @@ def test_a_search_is_not_led_by_scores_of_whole_chains() -> None:
         ttc.Run(make_problems(1), FakeEngine(), Settings(policy="beam"), reward=Outcome())
 
 
+def test_what_has_no_price_in_eflops_is_refused_under_such_a_budget() -> None:
+    settings = Settings(policy="best-of-n?n=2&score=reward", budget="1e15 eflops")
+    with pytest.raises(InputError, match="whole-chains does not tell its shape"):
+        Run(make_problems(1), FakeEngine(), settings, reward=Outcome())
+    [result] = Run(make_problems(1), FakeEngine(), settings, reward=lengths).results()
+    assert result.answer is not None
+
+
 def test_a_callable_that_gives_too_few_scores_fails_its_problem() -> None:
     def short(problem: Problem, texts: Sequence[str]) -> list[float]:
         return [1.0]
@@ -210,7 +218,7 @@ def test_a_server_that_scores_nothing_is_refused_at_the_door() -> None:
 class Letters:
     """A pooling model whose tokens are letters, with its score at a mark: the share of the row before it."""
 
-    name = "letters"
+    name, shape = "letters", None
 
     def prompt(self, problem: Problem) -> list[int]:
         return [0]

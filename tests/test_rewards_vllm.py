@@ -116,9 +116,10 @@ def check_search(engine: VLLMEngine, reward: PoolingReward) -> None:
 
 
 def test_vllm_scores_as_the_embedded_model_does(local: PoolingReward) -> None:
-    assert local.score(PROBLEM, TEXTS) == pytest.approx(
-        load_reward("nano-s-process").score(PROBLEM, TEXTS), abs=BF16
-    )
+    own = nano.reward("nano-s-process")
+    assert local.score(PROBLEM, TEXTS) == pytest.approx(own.score(PROBLEM, TEXTS), abs=BF16)
+    assert local.shape is not None and own.shape is not None
+    assert local.shape.active_params == own.shape.active_params, "so that it can be charged in eFLOPs"
 
 
 @contextmanager

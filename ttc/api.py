@@ -24,7 +24,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ttc.attention.settings import KvSetting
-from ttc.budget import Budget
+from ttc.budget import Budget, Unit
 from ttc.driver import Driver
 from ttc.engine.course import FAR
 from ttc.engine.protocol import Engine, ServedEngine, SparseEngine
@@ -37,7 +37,7 @@ from ttc.policies import parse as parse_policy
 from ttc.policies.planned import plan_policy
 from ttc.pricing import Pricer
 from ttc.problems import from_text, problem_to_json
-from ttc.rewards import Scorer, check_process, load_reward, reward_name
+from ttc.rewards import Scorer, check_priced, check_process, load_reward, reward_name
 from ttc.summary import summarise
 from ttc.types import Brief, Problem, Result, Sampling
 
@@ -148,7 +148,7 @@ class Run:
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
-        check_reward(self.policy, self.reward)
+        check_reward(self.policy, self.reward, self.budget.unit)
         _check_needs(self.policy, info.signals, info.name)
         _check_effort(self.policy, self.problems, engine)
         brief = Brief(
@@ -300,14 +300,17 @@ def _planned(
     )  # fmt: skip
 
 
-def check_reward(policy: Policy, reward: RewardModel | None) -> None:
-    """Raise InputError for a policy that scores with a reward model where there is none, or none that can."""
+def check_reward(policy: Policy, reward: RewardModel | None, unit: Unit = "tokens") -> None:
+    """Raise InputError for a policy that scores with a reward model where there is none, or none that can, or that can't be charged
+    in the budget's ``unit``."""
     needs = getattr(policy, "needs", ())
     if "reward" in needs and reward is None:
         known = "nano-s-process" if "steps" in needs else "nano-s-outcome, or score by a confidence"
         raise InputError(
             f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as {known}"
         )
+    if reward is not None and "reward" in needs:
+        check_priced(reward, unit)
     if reward is not None and "steps" in needs:
         check_process(reward, policy.name)
 

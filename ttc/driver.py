@@ -487,9 +487,8 @@ class Driver:
         if self.reward is None or not work.branches:
             return Reply(remaining=remaining)
         texts = list(work.texts) or [b.completion.text for b in work.branches]
-        tokens = self.reward.tokens(job.problem, texts)
-        charge = Charge(tokens_judge=tokens)
-        price = spent_in(self.budget.unit, charge) if self.budget.unit == "tokens" else 0.0
+        charge = self.pricer.reading(self.reward, job.problem, texts)
+        price = spent_in(self.budget.unit, charge) if self.budget.unit != "seconds" else 0.0
         self.decide(job, f"score {len(texts)}", work.why, price)
         kept = 0.0
         if price and not any(branch.usable for branch in job.branches):

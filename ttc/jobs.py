@@ -50,7 +50,9 @@ class Judge(Protocol):
 
 
 class RewardModel(Protocol):
-    """Scores answers for best-of-n and its kin; ``tokens`` says beforehand how many tokens that will read."""
+    """Scores answers for best-of-n and its kin; ``tokens`` says beforehand how many tokens that will read. One that can be charged
+    in eFLOPs has ``shape`` (a ``ModelShape``) and ``reads(problem, texts)``: for each sequence that scoring computes its length in
+    tokens and how many of them it knows already."""
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int: ...
     def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]: ...

@@ -7,13 +7,17 @@ one (its concurrency), and the bound uses the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ttc.budget import Unit
 from ttc.costmodel import KINETICS_INTENSITY, Cost, ModelShape, full, kinetics, kv_reads
 from ttc.errors import InputError
-from ttc.types import Charge, Completion, Request
+from ttc.types import Charge, Completion, Problem, Request
+
+if TYPE_CHECKING:
+    from ttc.jobs import RewardModel
 
 
 class Kinetics(NamedTuple):
@@ -91,6 +95,28 @@ class Pricer:
             dollars=self._dollars(prompt, completion.output_tokens + completion.probe_tokens),
             kv_tokens=read - (completion.kv_skipped or 0.0),
         )
+
+    def reading(self, reward: RewardModel, problem: Problem, texts: Sequence[str]) -> Charge:
+        """The price of scoring ``texts``: one prefill, all of them in one pass over the weights; dollars as for prompt tokens. Of a
+        model that does not tell its shape only the tokens are charged."""
+        shape: ModelShape | None = getattr(reward, "shape", None)
+        if shape is None:
+            tokens = reward.tokens(problem, texts)
+            return Charge(tokens_judge=tokens, dollars=self._dollars(tokens, 0))
+        rows: Sequence[tuple[int, int]] = reward.reads(problem, texts)  # type: ignore[attr-defined]  # what has a shape has it
+        tokens, cost = sum(length - known for length, known in rows), Cost(0.0, 0.0)
+        for length, known in rows:
+            cost += full(
+                shape,
+                prompt_tokens=length,
+                cached_prompt_tokens=known,
+                generated_tokens=0,
+                weight_reads=1 / len(rows),
+            )
+        return Charge(
+            tokens_judge=tokens, flops=float(cost.flops), bytes=float(cost.bytes), eflops=float(cost.eflops(self.intensity)),
+            dollars=self._dollars(tokens, 0),
+        )  # fmt: skip
 
     def _sparse(self, request: Request) -> dict[str, Any]:
         if request.kv_budget is None:

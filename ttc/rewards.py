@@ -14,10 +14,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from ttc.budget import Unit
+from ttc.costmodel import ModelShape
 from ttc.errors import EngineError, InputError
 from ttc.jobs import RewardModel
 from ttc.types import Problem
@@ -72,6 +75,15 @@ def reward_name(model: RewardModel) -> str:
     return str(getattr(model, "name", type(model).__name__))
 
 
+def check_priced(model: RewardModel, unit: Unit) -> None:
+    """Raise InputError for a model whose work can't be charged in this unit."""
+    if unit == "eflops" and getattr(model, "shape", None) is None and not isinstance(model, CallableReward):
+        raise InputError(
+            f"reward: {reward_name(model)} does not tell its shape, so eFLOPs can't be charged for it; use a budget in tokens, or"
+            " an embedded reward model"
+        )
+
+
 def check_process(model: RewardModel, policy: str) -> None:
     """Raise InputError where a search is to be led by a model that scores whole chains only."""
     if getattr(model, "kind", "process") == "outcome":
@@ -106,6 +118,11 @@ class Pooler(Protocol):
 
     name: str
 
+    @property
+    def shape(self) -> ModelShape | None:
+        """None: not known."""
+        ...
+
     def prompt(self, problem: Problem) -> list[int]: ...
     def text(self, text: str) -> list[int]: ...
     def outputs(self, rows: Sequence[list[int]]) -> list[list[float]]:
@@ -118,7 +135,7 @@ class PoolingReward:
     is not seen from here. Raises InputError for one that gives no score behind ``end``."""
 
     def __init__(self, pooler: Pooler, end: str = "", step: str = "") -> None:
-        self.pooler, self.name, self._step = pooler, pooler.name, step
+        self.pooler, self.name, self.shape, self._step = pooler, pooler.name, pooler.shape, step
         self._end = pooler.text(end) if end else []
         self._prompts: dict[tuple[str, str], list[int]] = {}
         self._texts: dict[str, list[int]] = {}  # what is asked for its tokens is scored next
@@ -154,6 +171,9 @@ class PoolingReward:
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
         return sum(map(len, self._rows(problem, texts)))
+
+    def reads(self, problem: Problem, texts: Sequence[str]) -> list[tuple[int, int]]:
+        return [(len(row), 0) for row in self._rows(problem, texts)]
 
     def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
         return [output[-1] for output in self.pooler.outputs(self._rows(problem, texts))] if texts else []
@@ -192,6 +212,10 @@ class Local:
             )
         self._tokenizer: Any = self._llm.get_tokenizer()
         self.name = f"vllm:{model}"
+        config = self._llm.llm_engine.vllm_config.model_config.hf_config
+        self.shape: ModelShape | None = None
+        with suppress(InputError):  # of a kind that the cost model does not know
+            self.shape = ModelShape.from_config(config.to_dict(), name=self.name)
 
     def prompt(self, problem: Problem) -> list[int]:
         messages = [dict(message) for message in problem.messages]
@@ -214,6 +238,8 @@ class Local:
 
 class Served:
     """A pooling model on a vLLM server: /tokenize, and /classify or, for one with an output a token, /pooling."""
+
+    shape: ModelShape | None = None  # the server does not tell
 
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         import httpx

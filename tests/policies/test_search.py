@@ -20,6 +20,7 @@ from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
 from ttc.api import _check_control, check_reward
 from ttc.budget import Budget, Unit
+from ttc.costmodel import ModelShape
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.errors import BudgetTooSmall, InputError
 from ttc.policies import parse
@@ -105,6 +106,16 @@ def solve(
     return results, reward, engine
 
 
+@dataclass
+class Shaped(Hashed):
+    """The same with a shape: what it reads has a price in eFLOPs, too."""
+
+    shape: ModelShape | None = field(default_factory=lambda: FakeEngine().info.shape)
+
+    def reads(self, problem: Problem, texts: Sequence[str]) -> list[tuple[int, int]]:
+        return [(len(text) // 3 + 1, 0) for text in texts]
+
+
 def trail(text: str) -> list[str]:
     """The steps of a text of the fake's: <index of the request that wrote it>."""
     return re.findall(r"<(\d+)>", text)
@@ -186,11 +197,19 @@ def test_any_budget_is_kept_and_the_answer_still_comes(seed: int) -> None:
     except BudgetTooSmall as error:
         least = error.least
     driver = make_driver(
-        engine, policy, Budget(least * rng.choice([1.0, 1.5, 4, 20, 200]), unit), cap=150, reward=Hashed()
+        engine, policy, Budget(least * rng.choice([1.0, 1.5, 4, 20, 200]), unit), cap=150, reward=Shaped()
     )
     results = list(driver.run(make_problems(3)))
     assert driver.overrun == 0
     charge = total(results)
+    for result in results:
+        drawn = sum(getattr(branch.charge, unit) for branch in result.branches)
+        if result.charge.tokens_judge:
+            assert getattr(result.charge, unit) > drawn * (1 + 1e-9), (
+                "what the reward model reads is paid for"
+            )
+        else:
+            assert getattr(result.charge, unit) == pytest.approx(drawn)
     assert charge.tokens - charge.tokens_judge == engine.counters().output_tokens
     if not any(b.finish == "error" for r in results for b in r.branches):
         assert all(r.answer is not None for r in results), [r.error for r in results]

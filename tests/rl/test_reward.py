@@ -15,12 +15,14 @@ import numpy as np  # noqa: E402
 
 import ttc.nano  # noqa: E402
 from ttc.errors import InputError  # noqa: E402
+from ttc.pricing import Pricer  # noqa: E402
 from ttc.problems import from_text  # noqa: E402
 from ttc.rl import card, tokenizer  # noqa: E402
 from ttc.rl.model import Shape, Trunk  # noqa: E402
 from ttc.rl.reading import Read, Reader  # noqa: E402
 from ttc.rl.reward import NanoReward, RewardNet, _inputs, load, save  # noqa: E402
 from ttc.rl.train_reward import Chain, auc, pairs, train_outcome, train_process  # noqa: E402
+from ttc.types import Charge  # noqa: E402
 
 PROBLEM = from_text("State the final answer to the following arithmetic problem: 12 + 3 - 4 =")[0]
 TEXT = "12 + 3 = 15;15 - 4 = 11;So 11.</think>11"
@@ -120,6 +122,24 @@ def test_what_is_read_in_pieces_scores_as_what_is_read_whole(
             [row[-1] for row in whole.positions(_inputs(problems[which], texts))], abs=1e-5
         )
         chains[which] = texts
+
+
+def test_reading_is_priced_by_what_is_computed() -> None:
+    """eFLOPs of the shape that the folder tells: a step behind a known beginning costs less than the whole, nothing new nothing."""
+    reward = ttc.nano.reward("nano-s-process")
+    pricer = Pricer(None, 1, False, usd_per_m_input=2.0)
+    first = pricer.reading(reward, PROBLEM, [TEXT, "12"])
+    assert reward.shape is not None
+    assert first.tokens_judge == reward.tokens(PROBLEM, [TEXT, "12"]) > 0
+    least = 2 * 0.7e6 * first.tokens_judge  # two a parameter and token, embeddings apart
+    assert least < first.flops < 2 * least
+    assert first.eflops == pytest.approx(first.flops + 562.5 * first.bytes)
+    assert first.dollars == pytest.approx(2e-6 * first.tokens_judge)
+    reward.score(PROBLEM, [TEXT.partition("</think>")[0]])
+    step = pricer.reading(reward, PROBLEM, [TEXT])
+    assert 0 < step.flops < first.flops / 4
+    reward.score(PROBLEM, [TEXT])
+    assert pricer.reading(reward, PROBLEM, [TEXT]) == Charge()
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:
