@@ -196,8 +196,7 @@ def plan(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which model, how many samples, how long, how sparse: the best that a budget buys, by measured
-    accuracy."""
+    """Which model, how many samples, how long, how sparse: what a budget buys best, by measured accuracy."""
     from ttc.budget import Budget
     from ttc.costmodel.planner import cost_only
     from ttc.costmodel.planner import plan as choose
@@ -277,8 +276,7 @@ def frontier(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy against cost of every configuration: the Pareto set, the model-size threshold, the
-    exponents."""
+    """Accuracy against cost of every configuration: Pareto set, model-size threshold, exponents."""
     from ttc.costmodel.frontier import axis, pareto, report
 
     for limit in allocate or ():

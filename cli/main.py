@@ -38,18 +38,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("solve")(solve.solve)
-app.command("demo")(solve.demo)
-app.command("plan")(costs.plan)
-app.command("cost")(costs.cost)
-app.command("frontier")(costs.frontier)
-app.command("calibrate")(costs.calibrate)
-app.command("simulate")(simulate.simulate)
-app.command("report")(report.report)
-app.command("models")(info.models)
-app.command("doctor")(info.doctor)
-app.add_typer(measure.app, name="bench")
-app.add_typer(train.app, name="train")
+for title, commands in {
+    "Answer": (solve.solve, solve.demo, report.report),
+    "Decide before paying": (costs.plan, costs.cost, costs.frontier, simulate.simulate),
+    "Know what is here": (info.models, info.doctor),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=title)(command)
+app.command(rich_help_panel="Measure and make")(costs.calibrate)
+app.add_typer(measure.app, name="bench", rich_help_panel="Measure and make")
+app.add_typer(train.app, name="train", rich_help_panel="Measure and make")
 
 
 @app.callback(invoke_without_command=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,66 +23,82 @@ if TYPE_CHECKING:
 SPARSE_PAGE = 32
 """Tokens of a KV page under --kv-budget: vLLM's own on CPU, 128, leaves a small budget no choice."""
 
+
+def _panel(title: str) -> Callable[..., Any]:
+    """Options that ``--help`` shows under a title."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+_problem, _model, _budget = _panel("Problems"), _panel("Model and engine"), _panel("Policy and budget")
+_sampling, _sparse, _output = _panel("Sampling"), _panel("Sparse attention"), _panel("Output")
+
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id.")
+    str | None,
+    _model("--model", "-m", help="A nano name (see 'ttc models'), a folder or a hub id."),
 ]
 Engine = Annotated[
-    str, typer.Option("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server).")
+    str,
+    _model("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server)."),
 ]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", "-p", help="self-consistency, best-of-n, iterative-deepening, …; options as 'best-of-n?n=16'."),
-]  # fmt: skip
+    _budget(
+        "--policy",
+        "-p",
+        help="self-consistency, best-of-n, iterative-deepening, …; options as 'best-of-n?n=16'.",
+    ),
+]
 BudgetOption = Annotated[
     str,
-    typer.Option(
+    _budget(
         "--budget", "-b", help="'20k tokens', '3e15 eflops', '40 TeFLOPs', '30 s' or '$0.05'; never exceeded."
     ),
 ]
 Scope = Annotated[
-    str, typer.Option("--budget-scope", help="'problem': each problem has the budget; 'run': all share it.")
+    str,
+    _budget("--budget-scope", help="'problem': each problem has the budget; 'run': all share it."),
 ]
 Seed = Annotated[
     int,
-    typer.Option(
+    _sampling(
         "--seed", help="Every sample's seed is made from this, the problem's id and the sample's index."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no line per problem.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress, no line per problem.")]
+AsJson = Annotated[bool, _output("--json", help="One JSON object on stdout, nothing else there.")]
 
 
 def solve(
     text: Annotated[str | None, typer.Argument(help="A problem, as text.", show_default=False)] = None,
-    input: Annotated[Path | None, typer.Option("--input", "-i", help="A JSONL file: id, prompt or messages, answer.")] = None,
-    task: Annotated[str | None, typer.Option("--task", "-t", help="'rg:NAME?k=v&k=v' (reasoning-gym) or 'hf:ID[:SPLIT]'.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="How many problems of the file or task (a task: 100 if not given).")] = None,
+    input: Annotated[Path | None, _problem("--input", "-i", help="A JSONL file: id, prompt or messages, answer.")] = None,
+    task: Annotated[str | None, _problem("--task", "-t", help="'rg:NAME?k=v&k=v' (reasoning-gym) or 'hf:ID[:SPLIT]'.")] = None,
+    n: Annotated[int | None, _problem("--n", help="How many problems of the file or task (a task: 100 if not given).")] = None,
     model: Model = None,
     engine: Engine = "vllm",
     policy: PolicyOption = "self-consistency",
     budget: BudgetOption = "4k tokens",
     budget_scope: Scope = "problem",
     seed: Seed = 0,
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature (the model's own if not given).")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens (0: all).")] = None,
-    max_thinking: Annotated[int | None, typer.Option(help="Tokens after which a thought is made to close.")] = None,
-    effort: Annotated[float | None, typer.Option(help="Relative effort in (0, 1], for models trained for it.")] = None,
-    kv_budget: Annotated[int | None, typer.Option(help="KV tokens that a decoded token reads (all if not given).")] = None,
-    kv_method: Annotated[str | None, typer.Option(help="block-topk, quest, streaming, power or oracle-topk.")] = None,
-    kv_page: Annotated[int | None, typer.Option(help="Tokens of a KV page: what is chosen or not (32 with --kv-budget).")] = None,
-    kv_when: Annotated[str | None, typer.Option(help="Read a part where that is faster (if not given), cheaper or always.")] = None,
-    think_close: Annotated[str | None, typer.Option(help="What ends a thought, if the model's files don't tell.")] = None,
-    reward: Annotated[str | None, typer.Option(help="Scores for a policy: nano-s-process, vllm:MODEL, http://HOST:PORT.")] = None,
-    verifier: Annotated[str | None, typer.Option(help="exact, math, rg, or package.module:Class.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Branches in flight.")] = 64,
-    context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (the model's own if not given).")] = None,
-    shape: Annotated[str | None, typer.Option(help="Model (name or folder) whose shape prices a server's FLOPs.")] = None,
-    intensity: Annotated[float | None, typer.Option(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
-    price_input: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
-    price_output: Annotated[float | None, typer.Option(help="Dollars per million output tokens.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Run the rest where rows are bad.")] = False,
+    temperature: Annotated[float | None, _sampling(help="Sampling temperature (the model's own if not given).")] = None,
+    top_p: Annotated[float | None, _sampling(help="Nucleus sampling mass.")] = None,
+    top_k: Annotated[int | None, _sampling(help="Sample among the k likeliest tokens (0: all).")] = None,
+    max_thinking: Annotated[int | None, _sampling(help="Tokens after which a thought is made to close.")] = None,
+    effort: Annotated[float | None, _sampling(help="Relative effort in (0, 1], for models trained for it.")] = None,
+    kv_budget: Annotated[int | None, _sparse(help="KV tokens that a decoded token reads (all if not given).")] = None,
+    kv_method: Annotated[str | None, _sparse(help="block-topk, quest, streaming, power or oracle-topk.")] = None,
+    kv_page: Annotated[int | None, _sparse(help="Tokens of a KV page: what is chosen or not (32 with --kv-budget).")] = None,
+    kv_when: Annotated[str | None, _sparse(help="Read a part where that is faster (if not given), cheaper or always.")] = None,
+    think_close: Annotated[str | None, _model(help="What ends a thought, if the model's files don't tell.")] = None,
+    reward: Annotated[str | None, _model(help="Scores for a policy: nano-s-process, vllm:MODEL, http://HOST:PORT.")] = None,
+    verifier: Annotated[str | None, _problem(help="exact, math, rg, or package.module:Class.")] = None,
+    out: Annotated[Path | None, _output("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
+    concurrency: Annotated[int, _model(help="Branches in flight.")] = 64,
+    context: Annotated[int | None, _model(help="Longest sequence in tokens (the model's own if not given).")] = None,
+    shape: Annotated[str | None, _model(help="Model (name or folder) whose shape prices a server's FLOPs.")] = None,
+    intensity: Annotated[float | None, _budget(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
+    price_input: Annotated[float | None, _budget(help="Dollars per million prompt tokens.")] = None,
+    price_output: Annotated[float | None, _budget(help="Dollars per million output tokens.")] = None,
+    skip_bad_rows: Annotated[bool, _problem("--skip-bad-rows", help="Run the rest where rows are bad.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
