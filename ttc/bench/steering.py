@@ -26,9 +26,11 @@ KINDS = ("no instructions", "thinking", "forcing 1 in 16", "guarding the end", "
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of an arm; ``prefilled`` are prompt tokens computed (handed over less found in the cache)."""
+    """One turn of an arm; ``prefilled`` are prompt tokens computed (handed over less found in the cache), ``cpu`` the process's own
+    seconds, which other work on the machine stretches less than ``seconds``."""
 
     seconds: float
+    cpu: float
     output: int
     prompt: int
     prefilled: int
@@ -80,13 +82,13 @@ class Bench:
 
     def turn(self, arm: str, number: int) -> Turn:
         prompts = self.prompts(number * len(ARMS) + ARMS.index(arm))
-        before, start = self.engine.counters(), time.perf_counter()
+        before, start, cpu = self.engine.counters(), time.perf_counter(), time.process_time()
         output = (
             self.resubmitted(prompts) if arm == "resubmit" else self.straight(prompts, arm == "in-engine")
         )
-        seconds, after = time.perf_counter() - start, self.engine.counters()
+        seconds, cpu, after = time.perf_counter() - start, time.process_time() - cpu, self.engine.counters()
         prompt = after.prompt_tokens - before.prompt_tokens
-        return Turn(seconds, output, prompt, prompt - (after.cached_tokens - before.cached_tokens))
+        return Turn(seconds, cpu, output, prompt, prompt - (after.cached_tokens - before.cached_tokens))
 
     def straight(self, prompts: list[list[int]], steered: bool) -> int:
         never = [self.engine._tokenizer.pad_token_id or 0]  # no model samples it: a thought that never closes
@@ -186,11 +188,16 @@ def main(*, model: str, branches: int, tokens: int, triggers: int, rounds: int, 
     ratios = {
         arm: sorted(a.rate / b.rate for a, b in zip(turns[arm], turns["bare"], strict=True)) for arm in ARMS
     }
+    by_cpu = {
+        arm: sorted(b.cpu / a.cpu for a, b in zip(turns[arm], turns["bare"], strict=True)) for arm in ARMS
+    }
     arms = {
         arm: {
             "tokens_per_s": statistics.median(t.rate for t in each),
             "over_bare": statistics.median(ratios[arm]),
             "over_bare_spread": [ratios[arm][0], ratios[arm][-1]],
+            "over_bare_cpu": statistics.median(by_cpu[arm]),
+            "over_bare_cpu_spread": [by_cpu[arm][0], by_cpu[arm][-1]],
             "output_tokens": each[0].output,
             "prompt_tokens": each[0].prompt,
             "prefilled_tokens": each[0].prefilled,
@@ -223,12 +230,22 @@ def _print(report: dict[str, Any]) -> None:
 
     title = f"{report['branches']} branches of {report['tokens']} tokens, {report['triggers']} triggers each, {report['model']}"
     table = Table(title=title, title_justify="left")
-    for heading in ("arm", "tokens/s", "over bare (spread)", "prompt tokens", "prefilled"):
+    for heading in (
+        "arm",
+        "tokens/s",
+        "over bare (spread)",
+        "the same, by CPU time",
+        "prompt tokens",
+        "prefilled",
+    ):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, found in report["arms"].items():
-        low, high = found["over_bare_spread"]
+        over = [
+            f"{found[key]:.3f} ({found[key + '_spread'][0]:.3f} to {found[key + '_spread'][1]:.3f})"
+            for key in ("over_bare", "over_bare_cpu")
+        ]
         table.add_row(
-            arm, f"{found['tokens_per_s']:,.0f}", f"{found['over_bare']:.3f} ({low:.3f} to {high:.3f})",
+            arm, f"{found['tokens_per_s']:,.0f}", *over,
             f"{found['prompt_tokens']:,}", f"{found['prefilled_tokens']:,}",
         )  # fmt: skip
     stdout.print(table)
