@@ -247,6 +247,9 @@ def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native:
     control = Control(words, (7, 30))
     wants = [Request(p, i, i, 60, Sampling(1.0), control=control) for p in sums(10) for i in range(3)]
     wants += [Request(p, 9, 9, 80, Sampling(1.0), control=Control(words[1:], at_end=1)) for p in sums(10)]
+    wants += [
+        Request(p, 8, 8, cap, WILD, control=Control(words[1:], (4,))) for cap in (6, 15) for p in sums(10)
+    ]
     before = settled(server)
     done = collect(engine, wants)
     after = settled(server)
@@ -254,6 +257,7 @@ def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native:
     for want, one in zip(wants, done, strict=True):
         thought, _, answer = one.text.partition("</think>")
         assert answer
+        assert len(engine._call(engine._server.tokenize(text=thought))) <= want.thinking_tokens
         assert one.output_tokens <= want.thinking_tokens + engine.room_tokens
         begun += one.triggers
         if want.control is control and len(one.token_ids) > 40 and one.triggers == 2:
@@ -261,8 +265,12 @@ def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native:
         assert sum(thought.count(word) for word in words) >= one.triggers
     assert begun > 20
     sampled = after["generation"] - before["generation"]
-    inserted = sum(d.forced_tokens - (d.closed and 1) for d in done)
+    inserted = sum(d.forced_tokens for d in done)
     assert sum(d.generated_tokens for d in done) == sampled - (inserted if native else 0)
+    assert sum(d.closed for d in done) > 15
+    if native:
+        prompts = [engine.count_prompt(want.problem) for want in wants]
+        assert [d.prompt_tokens for d in done] == prompts, "cap, triggers and answer in one call"
     assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
 
 

@@ -96,6 +96,7 @@ class HTTPBranch:
     unseen: int = 0
     course: Course | None = None
     native: bool = False
+    whole: bool = False  # the running call, or the last, has all of the thought and its answer: the server closes the one itself
     prefix_ids: tuple[int, ...] = ()
     step_ids: tuple[int, ...] = ()
     text: str = ""
@@ -132,6 +133,12 @@ class HTTPBranch:
                     return 0
                 if self._last != "stop":
                     return step
+            if self.course is not None and self.native and not (self.steered or self.ids or self._pauses):
+                self.whole = True
+                return left + self.room
+            if self.whole and self._last == "length":
+                return 0
+            self.whole = False
             if (
                 self.course is not None
                 and not self.native
@@ -197,6 +204,7 @@ class HTTPBranch:
         if course is None or self.answering:
             return {}
         if self.native and not self.ids:
+            course.close, course.lead = list(self.spans.close.ids or ()), list(self.spans.lead.ids or ())
             return {"vllm_xargs": {"ttc": json.dumps(course.instructions())}}
         self.native = False  # a call that goes on behind a break: positions have moved
         guarded = course.ends_used < course.at_end or len(self.ids) < course.min_thinking
@@ -370,6 +378,7 @@ class HTTPBranch:
                 self.course.output[:] = self.ids
                 self.course.read_back()
                 inserted = self.course.forced
+                self.closed_by_force = self.closed_by_force or self.course.closed_by_force
             triggers = self.course.begun
         return Completion(
             text=self.text,

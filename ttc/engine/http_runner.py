@@ -127,7 +127,10 @@ class Runner:
 
     def steer(self) -> None:
         """Close the thought at once; no effect on a branch that has begun to answer."""
-        if self.steered or (self.branch is not None and self.branch.answering):
+        branch = self.branch
+        if self.steered or (
+            branch is not None and (branch.answering or (branch.whole and not branch.thinking_open))
+        ):
             return
         self.steered = True
         if self._call is not None:
