@@ -219,9 +219,10 @@ def _telling(result: Result) -> tuple[bool, int]:
 
 
 def _shape(name: str) -> Any:
+    from ttc import nano
     from ttc.costmodel import ModelShape
 
-    return ModelShape.of(name)
+    return ModelShape.of(str(nano.resolve(name) or name))
 
 
 @contextmanager

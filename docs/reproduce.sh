@@ -10,10 +10,9 @@ for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluat
 .venv/bin/python -m ttc.rl.figures
 $ttc bench overhead -m nano-xs --problems 24 --rounds 2 --http
 $ttc bench steering --rounds 3 --tokens 256
-first="rg:chain_sum?min_terms=3&max_terms=6&min_digits=2&max_digits=2"
-$ttc bench study deepening
-$ttc bench study anytime -t "$first"
-$ttc bench study forcing -t "$first" --thinking 400
+$ttc bench study deepening --out runs/deepening.jsonl
+$ttc bench study anytime --out runs/anytime.jsonl
+$ttc bench study forcing --thinking 400 --out runs/forcing.jsonl
 $ttc bench study search --thinking 192 --out runs/search.jsonl # an hour of one core and more; it goes on from its file
 $ttc bench policies --problems 200 --seeds 3 -p adaptive -p 'adaptive?price=0.01' -p 'adaptive-consistency?n=8' -p 'self-consistency?n=8' \
   -p 'best-of-n?n=4&score=self-certainty' --json

@@ -248,3 +248,10 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
     assert "Traceback" not in said
     for line in branches.read_text().splitlines():
         json.loads(line)
+
+
+def test_a_served_nano_model_is_priced_by_its_name() -> None:
+    from ttc.cli.solve import _shape
+
+    assert _shape("nano-s").params == next(m.params for m in nano.catalog() if m.name == "nano-s")
+    assert _shape("Qwen3-0.6B").params > 5e8

@@ -125,7 +125,7 @@ def test_the_study_takes_no_cell_of_other_weights(tmp_path: Any) -> None:
         (folders[k] / "model.safetensors").write_bytes(bytes([k]))
     old, new = map(fingerprint, folders)
     assert old != new
-    out, ran = tmp_path / "cells.jsonl", []
+    out, ran = tmp_path / "new" / "cells.jsonl", []
     for weights in (old, new, old):
         engine = FakeEngine()
         study = Study(engine, {"sums": make_problems(2)}, 1, 64, "", out, (weights,))
@@ -133,6 +133,11 @@ def test_the_study_takes_no_cell_of_other_weights(tmp_path: Any) -> None:
         ran.append(engine.counters().output_tokens > 0)
     assert ran == [True, True, False]
     assert len(out.read_text().splitlines()) == 2
+    out.write_text(out.read_text() + "nothing\n")
+    with pytest.raises(InputError, match=r"^out: line 3 of .* is no cell of a study"):
+        Study(FakeEngine(), {}, 1, 64, "", out)
+    with pytest.raises(InputError, match=r"^out: can't use"):
+        Study(FakeEngine(), {}, 1, 64, "", out / "below")
 
 
 class Api(BaseHTTPRequestHandler):

@@ -108,10 +108,21 @@ class Study:
     _done: dict[str, Cell] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.out is not None and self.out.exists():
-            for line in self.out.read_text().splitlines():
+        if self.out is None:
+            return
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.out.read_text().splitlines() if self.out.exists() else []
+        except OSError as error:
+            raise InputError(f"out: can't use {self.out} ({error.strerror}); name another file") from None
+        for number, line in enumerate(lines, 1):
+            try:
                 row = json.loads(line)
                 self._done[row["key"]] = row["cell"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"out: line {number} of {self.out} is no cell of a study; name another file, or take the line out"
+                ) from None
 
     def cells(self, task: str, policy: str, budget: str) -> list[Cell]:
         """One a seed."""
