@@ -24,7 +24,7 @@ from dataclasses import replace
 from ttc.budget import Budget, Meter, format_amount
 from ttc.cashier import LEASE, Cashier, rounded_up
 from ttc.closing import Closing
-from ttc.engine.protocol import Engine, StepReport
+from ttc.engine.protocol import Engine, Progress, StepReport
 from ttc.errors import BudgetTooSmall, EngineError
 from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
@@ -47,6 +47,9 @@ from ttc.types import (
     Work,
 )
 from ttc.watch import RETRIES, Watch
+
+LOOK_SECONDS = 0.05
+"""How often the driver reads where branches are, on an engine that can tell at any time and a budget without leases."""
 
 
 class Driver:
@@ -86,7 +89,8 @@ class Driver:
         self._parked: list[Job] = []
         self._ticket = self._pushes = 0
         self._stop = False
-        self._begun = 0.0
+        self._begun = self._followed = 0.0
+        self.standing: Mapping[int, Progress] = {}
 
     # -- before anything runs ----------------------------------------------------------------------------------------------
     def prepare(self, problems: Sequence[Problem]) -> tuple[list[Job], dict[str, str]]:
@@ -198,18 +202,9 @@ class Driver:
             self.on_step(status)
 
     def _take(self, report: StepReport, now: float) -> None:
-        running = self.status.running_tokens
-        for ticket, progress in report.progress.items():
-            flight = self.flights.get(ticket)
-            if flight is None:
-                continue
-            running += progress.tokens - flight.tokens
-            flight.tokens, flight.moved = progress.tokens, now
-            if progress.weight_reads is not None:
-                flight.reads = progress.weight_reads
-            if flight.lease_end is not None and flight.tokens >= flight.lease_end:
-                self._extend(ticket, flight)
-        self.status.running_tokens = running
+        if not report.standing or self.cashier.leased or now - self._followed >= LOOK_SECONDS:
+            self.follow(report.progress, now)
+        self.standing = report.progress if report.standing else {}
         for probed in report.probes:
             self.steering.hear(probed)
         for ticket, completion in report.finished:
@@ -218,6 +213,22 @@ class Driver:
                 self.status.running_tokens -= landed.tokens
                 self._land(ticket, landed, completion, now)
         self.steering.wake()
+
+    def follow(self, places: Mapping[int, Progress], now: float) -> None:
+        """Note where running branches are; extend the leases that have run out."""
+        running = self.status.running_tokens
+        for ticket, progress in places.items():
+            flight = self.flights.get(ticket)
+            if flight is None:
+                continue
+            if progress.tokens != flight.tokens:
+                running += progress.tokens - flight.tokens
+                flight.tokens, flight.moved = progress.tokens, now
+            if progress.weight_reads is not None:
+                flight.reads = progress.weight_reads
+            if flight.lease_end is not None and flight.tokens >= flight.lease_end:
+                self._extend(ticket, flight)
+        self.status.running_tokens, self._followed = running, now
 
     # -- starting work -----------------------------------------------------------------------------------------------------
     def _replay_finished(self, jobs: Sequence[Job]) -> list[Job]:

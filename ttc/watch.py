@@ -73,6 +73,7 @@ class Watch:
 
     def settle_lost(self, why: str) -> None:
         """The engine is gone: what was running is charged at what was last seen of it."""
+        self.driver.follow(self.driver.standing, self.driver.clock())
         for flight in self.driver.flights.values():
             lost = Completion(
                 "", "abort", flight.job.prompt_tokens if flight.tokens else 0, flight.tokens,

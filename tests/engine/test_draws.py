@@ -29,12 +29,19 @@ def branch(row: int, seed: int, written: int = 0, **sampling: Any) -> Any:
     return Control(row=row, seed=seed, drawn=True, output=cast(Any, range(written)), **sampling)
 
 
-def drawn(branches: list[Any], logits: Any) -> list[int]:
-    """The token that a greedy sampler takes in each row once the branches have drawn."""
+def draw(branches: list[Any], logits: Any) -> None:
     from ttc.engine.draws import Draws
 
+    draws = Draws()
+    for one in branches:
+        draws.put(one)
+    draws.apply(logits)
+
+
+def drawn(branches: list[Any], logits: Any) -> list[int]:
+    """The token that a greedy sampler takes in each row once the branches have drawn."""
     logits = logits.clone()
-    Draws.of(branches, *logits.shape).apply(logits)
+    draw(branches, logits)
     return list(logits.argmax(-1).tolist())
 
 
@@ -130,11 +137,9 @@ def test_rows_that_come_go_and_swap_draw_what_they_draw_alone() -> None:
 
 
 def test_rows_of_others_are_not_touched() -> None:
-    from ttc.engine.draws import Draws
-
     logits = logits_of(6)
     after = logits.clone()
-    Draws.of([branch(4, 1), branch(1, 2)], *logits.shape).apply(after)
+    draw([branch(4, 1), branch(1, 2)], after)
     assert torch.equal(after[[0, 2, 3, 5]], logits[[0, 2, 3, 5]])
     assert (after[[1, 4]] == math.inf).sum(-1).tolist() == [1, 1]
 

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -67,6 +68,7 @@ class Control(Course):
     top_p: float = 1.0
     top_k: int = 0
     drawn: bool = False
+    group: _Group | None = None  # while its thought is open in a batch
     log_prob: float = 0.0
     self_certainty: float = 0.0
     scored: int = 0
@@ -140,20 +142,46 @@ def read_instructions(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | 
     return given
 
 
-@dataclass(frozen=True, slots=True)
 class _Group:
-    """Thinking rows with the same closing delimiter (``close``: its id, None if it has several tokens) and the same end marks.
+    """Thinking rows with the same closing delimiter and the same end marks."""
 
-    ``here`` is -inf in their rows of the batch and 0 in the others, ``elsewhere`` the reverse: whole columns are added, which
-    is several times as fast as picking rows.
-    """
+    def __init__(self, close: Sequence[int], ends: tuple[int, ...], device: torch.device) -> None:
+        self.close, self.last = close[0] if len(close) == 1 else None, close[-1]
+        self.ends, self.device = ends, device
+        self.members: list[Control] = []
+        self.guards: list[Control] = []
+        self._here, self._elsewhere = np.zeros(0, np.float32), np.zeros(0, np.float32)
+        self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    members: list[Control]
-    guards: list[Control]
-    close: int | None
-    ends: tuple[int, ...]
-    here: torch.Tensor
-    elsewhere: torch.Tensor
+    def add(self, control: Control) -> None:
+        self.members.append(control)
+        if control.at_end or control.min_thinking:
+            self.guards.append(control)
+        if control.row >= len(self._here):
+            more = max(64, control.row + 1)
+            self._here = np.concatenate([self._here, np.zeros(more, np.float32)])
+            self._elsewhere = np.concatenate([self._elsewhere, np.full(more, -np.inf, np.float32)])
+            self._masks = None
+        self._mark(control.row, -math.inf, 0.0)
+
+    def remove(self, control: Control) -> None:
+        self.members.remove(control)
+        if control in self.guards:
+            self.guards.remove(control)
+        self._mark(control.row, 0.0, -math.inf)
+
+    def _mark(self, row: int, here: float, elsewhere: float) -> None:
+        self._here[row], self._elsewhere[row] = here, elsewhere
+        if self.device.type != "cpu":  # a CPU's tensors are views of the arrays
+            self._masks = None
+
+    def masks(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """-inf in the members' rows of the batch and 0 in the others, and the reverse: whole columns are added, which is several
+        times as fast as picking rows."""
+        if self._masks is None or len(self._masks[0]) != rows:
+            here, elsewhere = torch.from_numpy(self._here[:rows]), torch.from_numpy(self._elsewhere[:rows])
+            self._masks = here.to(self.device), elsewhere.to(self.device)
+        return self._masks
 
 
 class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
@@ -177,12 +205,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.forcing: list[Control] = []
         self.measured: list[Control] = []
         self.watched: list[Control] = []  # stopped on confidence
-        self.thinking: list[Control] = []
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
-        self.ends: tuple[int, list[_Group]] | None = None  # for a batch of so many rows
+        self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
         self.decided: list[Control] = []  # by the last step's logits
-        self.drawn: list[Control] = []
-        self.draws: Draws | None = None  # of the batch as it is
+        self.draws = Draws()
         self.ties = 0
 
     def is_argmax_invariant(self) -> bool:
@@ -192,7 +218,6 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         self.clock += 1
         if batch_update is not None:
-            self.ends = self.draws = None
             for index in batch_update.removed:
                 self._drop(self.rows.pop(index, None))
             for index, params, _, output in batch_update.added:
@@ -226,14 +251,11 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 _HEARD[key] = control
                 say(key, word)
         control.ends = tuple(sorted(params.all_stop_token_ids.difference(control.step)))
-        if control.drawn:
-            self.drawn.append(control)
-        else:
+        if not control.drawn:
             control.temperature, control.top_p = params.temperature, params.top_p
             control.top_k = max(params.top_k, 0)
         control.open = not control.thought_closed()
-        if control.open:
-            self.thinking.append(control)
+        self._enter(control)
         if control.signals:
             self.measured.append(control)
         if control.stop_below is not None and control.open:
@@ -251,21 +273,49 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
     def _drop(self, control: Control | None) -> None:
         if control is None:
             return
+        self._leave(control)
         control.row = -1
         if control.key is not None and _ROWS.get(control.key) is control:
             del _ROWS[control.key]
-        for members in (self.forcing, self.measured, self.thinking, self.watched, self.drawn):
+        for members in (self.forcing, self.measured, self.watched):
             if control in members:
                 members.remove(control)
 
+    def _enter(self, control: Control) -> None:
+        """Note what must be seen to in the branch's row."""
+        if control.drawn:
+            self.draws.put(control)
+        if control.open:
+            close, ends = tuple(control.think_close), control.ends
+            group = self.thinking.get((close, ends))
+            if group is None:
+                group = self.thinking[close, ends] = _Group(close, ends, self.device)
+            group.add(control)
+            control.group = group
+
+    def _leave(self, control: Control) -> None:
+        if control.row < 0:
+            return
+        if control.drawn:
+            self.draws.take(control.row)
+        if control.group is not None:
+            control.group.remove(control)
+            control.group = None
+
     def _move(self, source: int, target: int, *, swap: bool) -> None:
         a, b = self.rows.pop(source, None), self.rows.pop(target, None)
+        for control in (a, b):
+            if control is not None:
+                self._leave(control)
         if a is not None:
             self.rows[target], a.row = a, target
+            self._enter(a)
         if b is not None:
             if swap:
                 self.rows[source], b.row = b, source
+                self._enter(b)
             else:
+                b.row = -1
                 self._drop(b)
 
     def _schedule(self, control: Control) -> None:
@@ -298,28 +348,25 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             self._keep_from_ending(logits)
         if self.forcing:
             self._force(logits)
-        if self.drawn:
-            if self.draws is None:
-                self.draws = Draws.of(self.drawn, *logits.shape)
+        if self.draws:
             self.draws.apply(logits)
         return logits
 
     def _keep_from_ending(self, logits: torch.Tensor) -> None:
         """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0. Where the course
         says so, an end of the thought is replaced or forbidden."""
-        closed = [
-            c for c in self.thinking if c.output and c.output[-1] == c.think_close[-1] and c.thought_closed()
-        ]
-        if closed:
+        for key, group in list(self.thinking.items()):
+            last = group.last
+            closed = [c for c in group.members if c.output and c.output[-1] == last and c.thought_closed()]
             for control in closed:
-                control.open = False
+                control.open, control.group = False, None
+                group.remove(control)
                 logits[control.row, list(control.ends)] = -math.inf
                 if control in self.watched:
                     self.watched.remove(control)
-            self.thinking, self.ends = [c for c in self.thinking if c.open], None
-        if self.ends is None or self.ends[0] != len(logits):
-            self.ends = (len(logits), self._grouped(len(logits)))
-        for group in self.ends[1]:
+            if not group.members:
+                del self.thinking[key]
+                continue
             guarded = [c for c in group.guards if not c.forcing() and c.guards_end()]
             if guarded:
                 self._guard(logits, guarded)
@@ -329,27 +376,11 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     self._guard(logits, several)
                 continue
             close = logits[:, group.close]
+            here, elsewhere = group.masks(len(logits))
             for end in group.ends:
                 stop = logits[:, end]
-                close.copy_(torch.logaddexp(close, stop + group.elsewhere))
-                stop.add_(group.here)
-
-    def _grouped(self, rows: int) -> list[_Group]:
-        """Thinking rows by closing delimiter and end marks (made anew only when the batch changes)."""
-        groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Control]] = {}
-        for control in self.thinking:
-            groups.setdefault((tuple(control.think_close), control.ends), []).append(control)
-        found = []
-        for (close, ends), members in groups.items():
-            thinking = torch.zeros(rows)
-            thinking[[c.row for c in members]] = -math.inf
-            elsewhere = torch.where(thinking == 0, -math.inf, 0.0)
-            guards = [c for c in members if c.at_end or c.min_thinking]
-            single = close[0] if len(close) == 1 else None
-            found.append(
-                _Group(members, guards, single, ends, thinking.to(self.device), elsewhere.to(self.device))
-            )
-        return found
+                torch.logaddexp(close, stop + elsewhere, out=close)
+                stop.add_(here)
 
     def _guard(self, logits: torch.Tensor, rows: list[Control]) -> None:
         """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample

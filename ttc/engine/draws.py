@@ -11,7 +11,6 @@ This module imports torch and vLLM; nothing outside ``ttc.engine`` may import it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,11 +43,12 @@ def available() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """The rows of a batch that are drawn here (``rows``: None if they are the whole batch in order), with the ``streams`` that
-    their seeds select, and their temperatures, top-k and top-p where any row has one."""
+class _Batch:
+    """What a batch of so many rows needs at each step: the ``outputs`` of its drawn rows in order (``rows``: None if they are all),
+    the ``streams`` that their seeds select, and their temperatures, top-k and top-p where any row has one."""
 
-    controls: list[Control]
+    size: int
+    outputs: list[list[int]]
     rows: torch.Tensor | None
     index: torch.Tensor
     streams: NDArray[np.uint64]
@@ -56,34 +56,71 @@ class Draws:
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
 
-    @staticmethod
-    def of(controls: Sequence[Control], batch: int, vocabulary: int) -> Draws:
-        """``batch`` rows of ``vocabulary`` logits hold these branches."""
-        drawn = sorted(controls, key=lambda c: c.row)
-        index = torch.tensor([c.row for c in drawn])
-        heats, tops = [c.temperature for c in drawn], [c.top_p for c in drawn]
-        ks = [c.top_k if 0 < c.top_k < vocabulary else vocabulary for c in drawn]
-        return Draws(
-            drawn,
-            None if len(drawn) == batch else index,
+
+class Draws:
+    """The rows of a batch that are drawn here: ``put`` and ``take`` as the batch changes, ``apply`` at each step."""
+
+    def __init__(self) -> None:
+        self._controls: dict[int, Control] = {}
+        self._streams = np.zeros(0, np.uint64)
+        self._settings = np.zeros((3, 0))  # temperature, top-p, top-k (0: none)
+        self._batch: _Batch | None = None
+
+    def __len__(self) -> int:
+        return len(self._controls)
+
+    def put(self, control: Control) -> None:
+        row, self._batch = control.row, None
+        if row >= len(self._streams):
+            more = max(64, row + 1)
+            self._streams = np.concatenate([self._streams, np.zeros(more, np.uint64)])
+            self._settings = np.concatenate([self._settings, np.zeros((3, more))], axis=1)
+        self._controls[row] = control
+        self._streams[row] = _stream(control.seed)
+        self._settings[:, row] = control.temperature, control.top_p, control.top_k
+
+    def take(self, row: int) -> None:
+        self._controls.pop(row, None)
+        self._batch = None
+
+    def _now(self, size: int, vocabulary: int) -> _Batch:
+        rows = sorted(self._controls)
+        index = torch.tensor(rows)
+        heat, top_p, top_k = self._settings[:, rows]
+        top_k = np.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
+        return _Batch(
+            size,
+            [self._controls[row].output for row in rows],
+            None if len(rows) == size else index,
             index,
-            _mixed(np.array([c.seed & _MASK for c in drawn], np.uint64) + _GOLDEN),
-            torch.tensor(heats)[:, None] if any(heat != 1 for heat in heats) else None,
-            torch.tensor(ks) if min(ks) < vocabulary else None,
-            torch.tensor(tops) if min(tops) < 1 else None,
+            self._streams[rows],
+            torch.from_numpy(heat.astype(np.float32))[:, None] if (heat != 1).any() else None,
+            torch.from_numpy(top_k.astype(np.int64)) if top_k.min() < vocabulary else None,
+            torch.from_numpy(top_p.astype(np.float32)) if top_p.min() < 1 else None,
         )
 
     def apply(self, logits: torch.Tensor) -> None:
         """Draw a token for each row and make it the one that a greedy sampler takes. ``logits``: [batch, vocabulary], float32."""
-        own = logits if self.rows is None else logits[self.rows]
-        own = own / self.heat if self.heat is not None else own
-        if self.top_k is not None or self.top_p is not None:
+        batch = self._batch
+        if batch is None or batch.size != len(logits):
+            batch = self._batch = self._now(*logits.shape)
+        own = logits if batch.rows is None else logits[batch.rows]
+        own = own / batch.heat if batch.heat is not None else own
+        if batch.top_k is not None or batch.top_p is not None:
             from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-            own = apply_top_k_top_p(own.clone() if own is logits else own, self.top_k, self.top_p)
-        at = np.fromiter((len(c.output) for c in self.controls), np.uint64, len(self.controls))
-        noise = torch.from_numpy((_mixed(self.streams + at * _GOLDEN) >> np.uint64(1)).astype(np.int64))
-        logits[self.index, torch.ops._C.fused_gumbel_argmax(own, noise)] = torch.inf
+            own = apply_top_k_top_p(own.clone() if own is logits else own, batch.top_k, batch.top_p)
+        at = np.fromiter(map(len, batch.outputs), np.uint64, len(batch.outputs))
+        noise = torch.from_numpy((_mixed(batch.streams + at * _GOLDEN) >> np.uint64(1)).view(np.int64))
+        logits[batch.index, torch.ops._C.fused_gumbel_argmax(own, noise)] = torch.inf
+
+
+def _stream(seed: int) -> int:
+    """What a seed adds to its noise: ``_mixed`` of seed + golden ratio."""
+    z = (seed + int(_GOLDEN)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
 
 
 def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -162,7 +162,8 @@ class FakeEngine:
 
     def step(self) -> StepReport:
         self.now += self.step_seconds
-        report = StepReport(finished=self._ended)
+        moved: dict[int, Progress] = {}
+        report = StepReport(self._ended, moved)
         self._ended = []
         moving = [
             (t, b) for t, b in self._live.items() if b.script.hangs_at is None or b.output < b.script.hangs_at
@@ -171,10 +172,10 @@ class FakeEngine:
             self._counts["steps"] += 1
         for ticket, live in moving:
             live.reads += 1 / len(moving)
-            self._advance(ticket, live, report)
+            self._advance(ticket, live, report, moved)
         return report
 
-    def _advance(self, ticket: int, live: _Live, report: StepReport) -> None:
+    def _advance(self, ticket: int, live: _Live, report: StepReport, moved: dict[int, Progress]) -> None:
         if live.script.fails_at is not None and live.output >= live.script.fails_at:
             report.finished.append((ticket, self._end(ticket, "error")))
             return
@@ -206,7 +207,7 @@ class FakeEngine:
         elif written or live.output >= course.due + self.room_tokens:
             report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))
         else:
-            report.progress[ticket] = Progress(live.output, live.reads)
+            moved[ticket] = Progress(live.output, live.reads)
             if live.probe_every and live.output >= live.next_probe and not course.thought_closed():
                 self._fork(ticket, live, report)
 

@@ -66,11 +66,15 @@ class Probed(NamedTuple):
 
 @dataclass(slots=True)
 class StepReport:
-    """What one ``step`` brought: the branches that ended, where each running one is (those that moved), anytime answers."""
+    """What one ``step`` brought: the branches that ended, where each running one is (those that moved), anytime answers.
+
+    ``standing``: ``progress`` tells of all that run, as it is when it is read, so that it need not be read at every step.
+    """
 
     finished: list[tuple[int, Completion]] = field(default_factory=list)
-    progress: dict[int, Progress] = field(default_factory=dict)
+    progress: Mapping[int, Progress] = field(default_factory=dict)
     probes: list[Probed] = field(default_factory=list)
+    standing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

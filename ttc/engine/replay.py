@@ -185,7 +185,8 @@ class ReplayEngine:
         heapq.heappush(self._events, (tape.started + tape.next_probe, 0, ticket))
 
     def step(self) -> StepReport:
-        report = StepReport(finished=self._ended)
+        moved: dict[int, Progress] = {}
+        report = StepReport(self._ended, moved)
         self._ended = []
         if report.finished:
             return report
@@ -200,17 +201,17 @@ class ReplayEngine:
                 if end:
                     report.finished.append((ticket, self._end(ticket, tape)))
                 elif self.now < tape.ends:
-                    self._answer(ticket, tape, report)
+                    self._answer(ticket, tape, report, moved)
         return report
 
-    def _answer(self, ticket: int, tape: _Tape, report: StepReport) -> None:
+    def _answer(self, ticket: int, tape: _Tape, report: StepReport, moved: dict[int, Progress]) -> None:
         """The branch's anytime answer: the last one recorded at or before where it is."""
         tokens = self.now - tape.started
         if tokens == tape.next_probe:
             tape.probes += 1
             tape.next_probe += tape.probe_every
             report.probes.append(Probed(ticket, tokens, _text(self._anytime(tape, tokens), self.unanswered)))
-            report.progress[ticket] = Progress(tokens, None)
+            moved[ticket] = Progress(tokens, None)
             heapq.heappush(self._events, (self.now + tape.probe_every, 0, ticket))
 
     def _anytime(self, tape: _Tape, tokens: int) -> int:

@@ -8,7 +8,7 @@ own request; asking for log-probabilities compiles for half a minute, so confide
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from ttc.attention.settings import CONFIG_KEY, KvSetting, check_when
 from ttc.engine.course import FAR, STEERING, check_fits
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
-from ttc.engine.vllm_forks import Forks, Running
+from ttc.engine.vllm_forks import Forks, Passes, Running
 from ttc.engine.vllm_start import Stats, checked_page, import_vllm, one_line, start, vllm_version
 from ttc.engine.vllm_words import Words
 from ttc.errors import EngineError, InputError
@@ -112,7 +112,13 @@ class VLLMEngine:
         self._ended: list[tuple[int, Completion]] = []
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
-        self._forks = Forks(self._running, self._fork, self._drop, self._text, page, self._in_process)
+        self._passes = Passes()
+        self._looked_at: set[int] = (
+            set()
+        )  # tickets that must be looked at after each step: steered, or asked for probes
+        self._forks = Forks(
+            self._running, self._fork, self._drop, self._text, self._passes, page, self._in_process
+        )
         self._words = Words(self._running, self._llm.collective_rpc, self.room_tokens)
 
     @staticmethod
@@ -196,7 +202,8 @@ class VLLMEngine:
             self._ended.append((ticket, Completion("", "error", 0, 0, error=one_line(error))))
             return
         self._stats.requests += 1
-        self._running[ticket] = Running(control, ids, step_tokens=request.step_tokens, kv=kv)
+        running = self._running[ticket] = Running.begin(control, ids, self._passes)
+        running.step_tokens, running.kv = request.step_tokens, kv
         if request.probe_every:
             self.probe(ticket, request.probe_from, request.probe_every)
 
@@ -204,6 +211,9 @@ class VLLMEngine:
         """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens. Unknown tickets are ignored."""
         running = self._running.get(ticket)
         if running is not None and self._info.probe_tokens is not None:
+            if self._in_process:
+                running.tokens = len(running.control.output)
+            self._looked_at.add(ticket)
             self._forks.ask(running, start, every)
 
     def _fork(self, ticket: int, ids: list[int], parent: Running) -> Control:
@@ -333,6 +343,7 @@ class VLLMEngine:
         try:
             if not self._in_process:
                 self._words.send()
+            self._stats.step_tokens = 0
             outputs = self._llm.step()
         except Exception as error:
             raise EngineError(f"vLLM stopped: {one_line(error)}") from error
@@ -344,50 +355,55 @@ class VLLMEngine:
 
     def _follow_controls(self, outputs: Sequence[Any], report: StepReport) -> None:
         """In process a branch's tokens are read where the processor sees them, and vLLM makes outputs of ended branches only: an
-        output for every branch and step would cost a twentieth of the throughput of a small model."""
+        output for every branch and step would cost a twentieth of the throughput of a small model, and so would a look at every
+        branch. vLLM's count of the step's tokens tells whether all that run were in it."""
         ended = {int(output.request_id): output for output in outputs}
-        moved = []
-        for ticket, running in self._running.items():
-            tokens = len(running.control.output)
-            if tokens != running.tokens or ticket in ended:
-                running.tokens = tokens
-                moved.append((ticket, running))
-        share = 1.0 / len(moved) if moved else 0.0
-        for ticket, running in moved:
+        moved, passes = self._stats.step_tokens, self._passes
+        share = 1.0 / moved if moved else 0.0
+        if moved != len(self._running):
+            for ticket, running in self._running.items():
+                if ticket not in ended and len(running.control.output) <= passes.steps - running.missed:
+                    running.missed, running.unread = running.missed + 1, running.unread + share
+        passes.steps, passes.reads = passes.steps + 1, passes.reads + share
+        for ticket, output in ended.items():
             if ticket not in self._running:
                 continue  # a fork whose branch has just ended
-            running.reads += share
-            output = ended.get(ticket)
-            if output is not None:
-                running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
-                if running.parent:
-                    report.probes.append(self._forks.answered(ticket))
-                    continue
-                running.partial = _paused(output, running)
-                report.finished.append((ticket, self._completion(ticket, _finish(output))))
-            elif running.parent:
+            running = self._running[ticket]
+            running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+            if running.parent:
+                report.probes.append(self._forks.answered(ticket))
                 continue
-            elif running.limit is not None and running.tokens >= running.limit:
+            running.partial = _paused(output, running)
+            report.finished.append((ticket, self._completion(ticket, _finish(output))))
+        for ticket in sorted(self._looked_at):
+            running = self._running[ticket]
+            running.tokens = len(running.control.output)
+            if running.limit is not None and running.tokens >= running.limit:
                 self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
                 running.ids = list(running.control.output)
                 report.finished.append((ticket, self._completion(ticket, "length")))
-            else:
-                report.progress[ticket] = Progress(running.tokens, running.reads)
-                if running.probe_every:
-                    self._forks.look(ticket, running)
+            elif running.probe_every:
+                self._forks.look(ticket, running)
+        report.progress, report.standing = _Places(self._running), True
 
     def _follow_outputs(self, outputs: Sequence[Any], report: StepReport) -> None:
         """With worker processes: an output for every branch and step."""
         share = 1.0 / len(outputs) if outputs else 0.0
+        self._passes.reads += share
+        moved = {int(output.request_id) for output in outputs}
+        for ticket, running in self._running.items():
+            if ticket not in moved:
+                running.unread += share
+        progress: dict[int, Progress] = {}
+        report.progress = progress
         for output in outputs:
             ticket = int(output.request_id)
-            running = self._running.get(ticket)
-            if running is None:
+            if ticket not in self._running:
                 continue
+            running = self._running[ticket]
             if not running.ids:
                 running.cached = output.num_cached_tokens or 0
             running.ids.extend(output.outputs[0].token_ids)
-            running.reads += share
             if running.parent:
                 if output.finished:
                     report.probes.append(self._forks.answered(ticket))
@@ -398,7 +414,7 @@ class VLLMEngine:
                 self._llm.abort_request([str(ticket)])
                 report.finished.append((ticket, self._completion(ticket, "length")))
             else:
-                report.progress[ticket] = Progress(len(running.ids), running.reads)
+                progress[ticket] = Progress(len(running.ids), running.reads)
                 if running.probe_every:
                     running.control.output, running.tokens = running.ids, len(running.ids)
                     self._forks.look(ticket, running)
@@ -407,6 +423,7 @@ class VLLMEngine:
         from ttc.engine.control import CONTROLS, confidence
 
         running = self._running.pop(ticket)
+        self._looked_at.discard(ticket)
         if running.fork:
             self._forks.end(running)
         control = running.control
@@ -459,6 +476,7 @@ class VLLMEngine:
             self._say(ticket, None)
             if self._in_process:
                 running.limit = running.control.due + self.room_tokens
+                self._looked_at.add(ticket)
 
     def insert(self, ticket: int, text: str) -> None:
         """Force ``text`` into a running branch's thought. Raises InputError for a text without a token."""
@@ -493,6 +511,25 @@ class VLLMEngine:
         llm, self._llm = getattr(self, "_llm", None), None
         if llm is not None:
             llm.engine_core.shutdown()
+
+
+class _Places(Mapping[int, Progress]):
+    """Where the running branches are, made when it is read."""
+
+    def __init__(self, running: Mapping[int, Running]) -> None:
+        self._running = running
+
+    def __getitem__(self, ticket: int) -> Progress:
+        running = self._running[ticket]
+        if running.parent:
+            raise KeyError(ticket)
+        return Progress(len(running.control.output), running.reads)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([ticket for ticket, running in self._running.items() if not running.parent])
+
+    def __len__(self) -> int:
+        return sum(not running.parent for running in self._running.values())
 
 
 def _with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:

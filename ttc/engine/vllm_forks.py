@@ -19,14 +19,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class Passes:
+    """Steps of the engine so far, and the weight reads of a branch that has been in all of them (1 / rows for each)."""
+
+    steps: int = 0
+    reads: float = 0.0
+
+
+@dataclass(slots=True)
 class Running:
-    """A branch, or (tickets below 0) the fork of one that writes its anytime answer."""
+    """A branch, or (tickets below 0) the fork of one that writes its anytime answer. ``missed``: steps that it was not in, and
+    ``unread`` their weight reads."""
 
     control: Control
     context: list[int]
+    passes: Passes
+    missed: int
+    unread: float
     ids: list[int] = field(default_factory=list)
     tokens: int = 0
-    reads: float = 0.0
     cached: int = 0
     limit: int | None = None
     step_tokens: int = 0
@@ -40,6 +51,15 @@ class Running:
     kv: KvSetting | None = None
     told: bool = False  # it was given a word, in another process
 
+    @property
+    def reads(self) -> float:
+        return self.passes.reads - self.unread
+
+    @staticmethod
+    def begin(control: Control, context: list[int], passes: Passes) -> Running:
+        """A request that is in the next step at the earliest."""
+        return Running(control, context, passes, passes.steps, passes.reads)
+
 
 @dataclass(slots=True)
 class Forks:
@@ -51,6 +71,7 @@ class Forks:
     start: Callable[[int, list[int], Running], Control]
     cancel: Callable[[int], None]
     text: Callable[[Sequence[int]], str]
+    passes: Passes
     block: int
     sees_rows: bool
     made: int = 0
@@ -81,7 +102,8 @@ class Forks:
         written = list(control.output)
         ids = branch.context + written
         started = self.start(branch.fork, ids, branch)
-        self.running[branch.fork] = Running(started, ids, parent=ticket, at=len(written))
+        fork = self.running[branch.fork] = Running.begin(started, ids, self.passes)
+        fork.parent, fork.at = ticket, len(written)
 
     def answered(self, ticket: int) -> Probed:
         """A fork has ended by itself: what it answered; its branch is charged."""

@@ -136,6 +136,7 @@ class Stats:
         self.requests = self.output_tokens = self.prompt_tokens = self.cached_tokens = self.steps = (
             self.preemptions
         ) = 0
+        self.step_tokens = 0  # of the last step
 
     def logger(self) -> Any:
         """A stat logger that counts here, in place of vLLM's Prometheus one (which costs more than all else in it, and which no
@@ -163,6 +164,7 @@ class Stats:
         return Counting
 
     def count(self, step: Any) -> None:
+        self.step_tokens = step.num_generation_tokens if step is not None else 0
         if step is None:
             return
         self.output_tokens += step.num_generation_tokens
