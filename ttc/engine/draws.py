@@ -64,6 +64,7 @@ class Draws:
         self._controls: dict[int, Control] = {}
         self._streams = np.zeros(0, np.uint64)
         self._settings = np.zeros((3, 0))  # temperature, top-p, top-k (0: none)
+        self._special: set[int] = set()  # rows with other settings than temperature 1 alone
         self._batch: _Batch | None = None
 
     def __len__(self) -> int:
@@ -77,26 +78,36 @@ class Draws:
             self._settings = np.concatenate([self._settings, np.zeros((3, more))], axis=1)
         self._controls[row] = control
         self._streams[row] = _stream(control.seed)
-        self._settings[:, row] = control.temperature, control.top_p, control.top_k
+        settings = control.temperature, control.top_p, control.top_k
+        self._settings[:, row] = settings
+        if settings != (1.0, 1.0, 0):
+            self._special.add(row)
+        else:
+            self._special.discard(row)
 
     def take(self, row: int) -> None:
         self._controls.pop(row, None)
+        self._special.discard(row)
         self._batch = None
 
     def _now(self, size: int, vocabulary: int) -> _Batch:
         rows = sorted(self._controls)
-        index = torch.tensor(rows)
-        heat, top_p, top_k = self._settings[:, rows]
-        top_k = np.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
+        whole = len(rows) == size
+        index = torch.arange(size) if whole else torch.tensor(rows)
+        streams = self._streams[:size].copy() if whole else self._streams[rows]
+        heat = top_p = top_k = None
+        if self._special:
+            heat, top_p, top_k = self._settings[:, rows]
+            top_k = np.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
         return _Batch(
             size,
             [self._controls[row].output for row in rows],
-            None if len(rows) == size else index,
+            None if whole else index,
             index,
-            self._streams[rows],
-            torch.from_numpy(heat.astype(np.float32))[:, None] if (heat != 1).any() else None,
-            torch.from_numpy(top_k.astype(np.int64)) if top_k.min() < vocabulary else None,
-            torch.from_numpy(top_p.astype(np.float32)) if top_p.min() < 1 else None,
+            streams,
+            None if heat is None else torch.from_numpy(heat.astype(np.float32))[:, None],
+            None if top_k is None or top_k.min() == vocabulary else torch.from_numpy(top_k.astype(np.int64)),
+            None if top_p is None or top_p.min() == 1 else torch.from_numpy(top_p.astype(np.float32)),
         )
 
     def apply(self, logits: torch.Tensor) -> None:
