@@ -122,6 +122,7 @@ def solve(
         price=price,
     )  # fmt: skip
     settings.check()
+    rule, most = settings.resolved()
     with _saying("reading the problems", not (quiet or as_json)):
         loaded = load(
             text=text, input=input, task=task, n=n if n is not None or task is None else 100, seed=seed,
@@ -142,8 +143,8 @@ def solve(
         page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
         options |= {} if page is None else {"kv_page": page}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
+        options |= {"short_pages": True} if "steps" in getattr(rule, "needs", ()) else {}
     judge = load_reward(reward) if reward is not None else None
-    rule, most = settings.resolved()
     check_reward(rule, judge, most.unit)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run

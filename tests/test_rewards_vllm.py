@@ -92,7 +92,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VLLMEngine]:
-    opened = VLLMEngine("nano-s", concurrency=16)
+    opened = VLLMEngine("nano-s", concurrency=16, short_pages=True)
     yield opened
     opened.close()
 
@@ -105,7 +105,9 @@ def local() -> PoolingReward:
 
 
 def check_search(engine: VLLMEngine, reward: PoolingReward) -> None:
-    """Four particles a problem, led by ``reward``: every step is scored and charged, every problem answered."""
+    """Four particles a problem, led by ``reward``: every step is scored and charged, every problem answered; a step computes no
+    more than its last page again, which is short here."""
+    before = engine.counters()
     settings = Settings(policy="particles?n=4&step=;", budget="8k tokens", max_thinking_tokens=160)
     results = list(Run(from_task(TASK, 4, 3), engine, settings, reward=reward).results())
     assert [r.error for r in results] == [""] * 4
@@ -113,6 +115,10 @@ def check_search(engine: VLLMEngine, reward: PoolingReward) -> None:
     scored = sum(sum("score" in d.what for d in r.decisions) for r in results)
     assert scored >= 8, "step after step"
     assert all(r.charge.tokens_judge > 0 for r in results)
+    after, steps = engine.counters(), sum(len(r.branches) for r in results)
+    fresh = after.prompt_tokens - before.prompt_tokens - (after.cached_tokens - before.cached_tokens)
+    assert engine.info.probe_prefill == 32
+    assert fresh <= 32 * steps
 
 
 def test_vllm_scores_as_the_embedded_model_does(local: PoolingReward) -> None:

@@ -18,7 +18,15 @@ from ttc.engine.course import FAR, STEERING, check_fits
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.engine.vllm_forks import Forks, Passes, Running
-from ttc.engine.vllm_start import Stats, checked_page, import_vllm, one_line, start, vllm_version
+from ttc.engine.vllm_start import (
+    Stats,
+    checked_page,
+    import_vllm,
+    one_line,
+    shortest_page,
+    start,
+    vllm_version,
+)
 from ttc.engine.vllm_words import Words
 from ttc.errors import EngineError, InputError
 from ttc.types import Completion, Finish, Problem, Request, Sampling
@@ -35,7 +43,8 @@ class VLLMEngine:
 
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
     ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
-    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own);
+    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own, or
+    with ``short_pages``, for work that goes on from its own tokens, the shortest: a step computes its last page again);
     ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster"; see ``SparseOptions``). Raises
     InputError for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
     """
@@ -51,6 +60,7 @@ class VLLMEngine:
         think_close: str | None = None,
         kv_page: int | None = None,
         kv_when: str | None = None,
+        short_pages: bool = False,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency: {concurrency} branches can't run; give 1 or more")
@@ -63,7 +73,8 @@ class VLLMEngine:
             self.files = _with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
         self._stats = Stats()
-        told: dict[str, Any] = {} if kv_page is None else {"block_size": checked_page(self._vllm, kv_page)}
+        page_of = shortest_page(self._vllm) if short_pages and kv_page is None else kv_page
+        told: dict[str, Any] = {} if page_of is None else {"block_size": checked_page(self._vllm, page_of)}
         if kv_when is not None:
             told["additional_config"] = {CONFIG_KEY: {"when": check_when(kv_when)}}
         self._llm = start(

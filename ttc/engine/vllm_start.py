@@ -65,9 +65,14 @@ def plugin_installed() -> bool:
     )
 
 
+def shortest_page(vllm: Any) -> int | None:
+    """The least tokens of a KV page; None where that is vLLM's own choice (GPUs)."""
+    return 32 if vllm.platforms.current_platform.is_cpu() else None
+
+
 def checked_page(vllm: Any, page: int) -> int:
     """A KV page that this backend can have. Raises InputError."""
-    step = 32 if vllm.platforms.current_platform.is_cpu() else 16
+    step = shortest_page(vllm) or 16
     if page < step or page % step:
         raise InputError(f"kv-page: {page} tokens; this backend's pages are multiples of {step}")
     return page
