@@ -21,34 +21,23 @@ def models(as_json: AsJson = False) -> None:
 
     known = nano.catalog()
     if as_json:
-        rows = [
-            {
-                "name": m.name,
-                "path": str(m.path),
-                "params": m.params,
-                "context": m.context,
-                "tasks": list(m.tasks),
-            }
-            for m in known
-        ]
-        print(json.dumps(rows))
+        told = ("name", "params", "context", "tasks", "pass_at_1")
+        print(json.dumps([{"path": str(m.path)} | {key: getattr(m, key) for key in told} for m in known]))
         return
     from rich.table import Table
 
     from ttc.cli.render import stdout
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading, justify in (
-        ("name", "left"),
-        ("parameters", "right"),
-        ("context", "right"),
-        ("tasks", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("task: right in one sample, %", overflow="fold")
     for m in known:
-        more = f"\n… and {len(m.tasks) - 1} more (--json)" if len(m.tasks) > 1 else ""
-        table.add_row(m.name, f"{m.params / 1e6:.2f} M", f"{m.context:,}", m.tasks[0] + more)
+        table.add_column(f"{m.name}\n{m.params / 1e6:.2f} M", justify="right", no_wrap=True)
+    for task in dict.fromkeys(task for m in known for task in m.tasks):
+        table.add_row(task, *(f"{100 * m.pass_at_1[task]:.0f}" if task in m.pass_at_1 else "" for m in known))
     stdout.print(table)
+    stdout.print(
+        "Held-out problems, 200 a task; intervals, votes, lengths: README.md in a model's folder (--json: its path)."
+    )
     stdout.print("A folder with a Hugging Face model, or a hub id, works wherever a name does.")
     stdout.print(f"Reward models, for --reward: {', '.join(nano.rewards())}.")
 

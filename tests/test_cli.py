@@ -105,7 +105,13 @@ def test_bad_rows_name_their_line(tmp_path: Path, rows: str, words: str) -> None
 def test_help_models_and_version_need_no_engine() -> None:
     assert "solve" in ttc("--help").stdout
     listed = json.loads(ttc("models", "--json").stdout)
-    assert [set(m) for m in listed] == [{"name", "path", "params", "context", "tasks"}] * len(nano.catalog())
+    assert [set(m) for m in listed] == [{"name", "path", "params", "context", "tasks", "pass_at_1"}] * len(
+        nano.catalog()
+    )
+    assert all(set(m["pass_at_1"]) == set(m["tasks"]) for m in listed)
+    shown = ttc("models").stdout
+    assert all(m["name"] in shown for m in listed)
+    assert "62" in next(line for line in shown.splitlines() if "chain_sum?min_terms=3" in line)
     assert ttc("--version").stdout.strip() == "0.1.0"
     assert ttc("nonsense").returncode == 2
 

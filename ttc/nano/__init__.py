@@ -27,7 +27,7 @@ class NanoModel:
 
     ``format`` says how it writes (``think_open``, ``think_close``, ``close_text``, ``extract``,
     ``answer_tokens``); ``sampling`` how it was measured; ``context`` is in tokens; ``tasks`` are queries that
-    ``--task`` takes, the demo first.
+    ``--task`` takes, the demo first; ``pass_at_1`` is the held-out share of right samples on each.
     """
 
     name: str
@@ -38,6 +38,7 @@ class NanoModel:
     format: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     typical_thinking_tokens: int = 0
+    pass_at_1: dict[str, float] = field(default_factory=dict)
 
 
 def catalog() -> list[NanoModel]:
@@ -83,4 +84,5 @@ def _read(card: Path) -> NanoModel:
         format=data["format"],
         sampling=data["sampling"],
         typical_thinking_tokens=data["typical_thinking_tokens"],
+        pass_at_1={row["task"]: row["pass@1"]["mean"] for row in data["evaluation"]["by_difficulty"]},
     )
