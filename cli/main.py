@@ -7,6 +7,7 @@ torch, vLLM, ray or transformers, and each command imports what it needs when it
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -61,6 +62,9 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """The console script."""
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends as a Ctrl-C does: children are ended, too
     try:
         app()
     except InputError as error:

@@ -70,12 +70,13 @@ def test_bad_input_is_one_line_with_the_mend_and_exit_code_2(arguments: list[str
     assert done.stdout == ""
 
 
-def test_ctrl_c_before_the_run_has_begun_is_a_word_and_exit_code_3() -> None:
+@pytest.mark.parametrize("word", ["SIGINT", "SIGTERM"])
+def test_a_signal_before_the_run_has_begun_is_a_word_and_exit_code_3(word: str) -> None:
     code = (
         "import signal, sys, ttc.problems\n"
         "from ttc.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
-        "ttc.problems.load = lambda **given: signal.raise_signal(signal.SIGINT)\n"
+        f"ttc.problems.load = lambda **given: signal.raise_signal(signal.{word})\n"
         "sys.argv = ['ttc', 'solve', '1 + 1 =']\n"
         "main.main()\n"
     )
@@ -248,8 +249,9 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
     while process.poll() is None and (not branches.exists() or branches.read_bytes().count(b"\n") < 30):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    table, said = process.communicate(timeout=120)
     assert process.returncode == 3, said
+    assert "of 60 answered" in table
     assert "the same command resumes" in said
     assert "Traceback" not in said
     for line in branches.read_text().splitlines():

@@ -230,7 +230,8 @@ class Run:
         """The run in figures: the object of ``ttc solve --json``."""
         return summarise(
             self._results, run=str(self.ledger.directory or ""), model=self.engine.info.model, engine=self.engine.info.name,
-            policy=describe(self.policy), seed=self.settings.seed, budget=self.budget, charge=self.status.charge,
+            policy=describe(self.policy), seed=self.settings.seed, budget=self.budget, problems=len(self.problems),
+            charge=self.status.charge,
             seconds=(self._ended or self._clock()) - self._started, overrun=self.driver.overrun,
             samples=self.status.samples, skipped_rows=len(self.skipped_rows), resumed=self.resumed,
             verifier_failures=self.jury.failures,

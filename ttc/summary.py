@@ -44,11 +44,12 @@ def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
 
 def summarise(
     results: Sequence[Result], *, run: str, model: str, engine: str, policy: str, seed: int, budget: Budget,
-    charge: Charge, seconds: float, overrun: float, samples: int, skipped_rows: int = 0, resumed: int = 0,
+    problems: int, charge: Charge, seconds: float, overrun: float, samples: int, skipped_rows: int = 0, resumed: int = 0,
     verifier_failures: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """``charge`` is the whole run's, also of branches whose problem did not finish. Accuracies are fractions of the problems that
-    have a gold answer; a problem that failed counts as wrong."""
+    """``problems`` are the whole run's, so that a run that was stopped has fewer results; ``charge`` is the whole run's, also of
+    branches whose problem did not finish. Accuracies are fractions of the results that have a gold answer; a problem that failed
+    counts as wrong."""
     scored = [r for r in results if r.verdict is not None]
     correct = sum(r.verdict.correct for r in scored if r.verdict is not None)
     stopped: dict[str, int] = {}
@@ -61,7 +62,7 @@ def summarise(
         "policy": policy,
         "seed": seed,
         "budget": {"amount": budget.amount, "unit": budget.unit, "scope": budget.scope},
-        "problems": len(results),
+        "problems": problems,
         "answered": sum(r.answer is not None for r in results),
         "scored": len(scored),
         "correct": correct,

@@ -154,6 +154,7 @@ def its_hub(job: Job) -> Work:
 
 ARMS: dict[str, Callable[[Job], Work]] = {
     "ttc": ours,
+    "ttc-wide": ours,
     "bare": bare,
     "bare-serial": lambda job: bare(job, serial=True),
     "client": client,
