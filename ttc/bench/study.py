@@ -41,7 +41,7 @@ DEEPENING = {
     "uniform triggers, every 64": UNIFORM,
     "iterative deepening, 32 x 2": "iterative-deepening?n=16&first=32&growth=2",
     "iterative deepening, 96 x 2": "iterative-deepening?n=16&first=96&growth=2",
-    "the same, finished chains reopened": "iterative-deepening?n=16&first=32&growth=2&reopen=1",
+    "iterative deepening, 32 x 2, finished chains reopened": "iterative-deepening?n=16&first=32&growth=2&reopen=1",
     "budget forcing, once": "budget-forcing?n=16&trigger=Wait",
 }
 SEARCH = {
