@@ -161,7 +161,8 @@ class Plain:
     A thought that would end before ``least`` tokens gets ``trigger`` instead ("" : its end is made impossible); ``cap`` closes it
     (0: the run's bound); ``total`` bounds thought and answer together (0: no such bound); ``loops`` N > 0 breaks a thought that
     says the same thing N times over; ``stop_below`` > 0 closes one whose confidence falls below (DeepConf, nats, mean over
-    ``window`` tokens); ``effort`` in (0, 1] overrides the run's."""
+    ``window`` tokens). ``effort`` in (0, 1] overrides the run's, for models that were trained for it; ``text`` is put behind the
+    problem, for any model ("Think briefly.")."""
 
     least: int = 0
     trigger: str = ""
@@ -171,6 +172,7 @@ class Plain:
     stop_below: float = 0.0
     window: int = 128
     effort: float = 0.0
+    text: str = ""
     n: int = 1
     select: Select = "vote"
     name = "plain"

@@ -138,7 +138,8 @@ class Run:
         settings.check()
         self.reward = load_reward(reward) if reward is not None else None
         self.policy, self.budget = settings.resolved()
-        self.problems, self.engine, self.settings = list(problems), engine, settings
+        self.engine, self.settings = engine, settings
+        self.problems = _worded(problems, getattr(self.policy, "text", ""))
         self.skipped_rows = tuple(skipped_rows)
         self.sampling = _sampling(engine.info.sampling, settings)
         self.kv = _kv(settings, engine)
@@ -191,6 +192,12 @@ class Run:
     def notices(self) -> list[str]:
         """Words about what was found on resuming (a torn line that was dropped), and about decoding that stays dense."""
         found = list(self.ledger.notices)
+        effort = getattr(self.policy, "effort", 0.0) or self.settings.effort
+        if effort and not _reads_effort(self.problems, self.engine):
+            found.append(
+                f"effort: {self.engine.info.model}'s chat template reads none, so {effort:g} changes nothing; 'plain?text=…' says it"
+                " in words"
+            )
         if self.settings.kv_budget is not None and self.kv is None and self.settings.kv_method != "dense":
             found.append(f"kv-budget: decoding stays dense; {self.engine.info.kv_reason}")
         if self.kv is not None and isinstance(self.engine, SparseEngine):
@@ -327,13 +334,31 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str) -> None:
 
 def _check_effort(policy: Policy, problems: Sequence[Problem], engine: Engine) -> None:
     """Raise InputError for a policy that chooses the effort where the model's chat template does not read it."""
-    if "effort" in getattr(policy, "needs", ()) and problems:
-        plain, told = (engine.count_prompt(problems[0], effort) for effort in (None, 1.0))
-        if plain == told:
-            raise InputError(
-                f"policy: {policy.name} needs a model that was trained for levels of effort; {engine.info.model} reads none in its"
-                " chat template"
-            )
+    if "effort" in getattr(policy, "needs", ()) and not _reads_effort(problems, engine):
+        raise InputError(
+            f"policy: {policy.name} needs a model that was trained for levels of effort; {engine.info.model} reads none in its"
+            " chat template"
+        )
+
+
+def _reads_effort(problems: Sequence[Problem], engine: Engine) -> bool:
+    """True if the chat template says something of an effort (or there is nothing to ask it for)."""
+    if not problems:
+        return True
+    plain, told = (engine.count_prompt(problems[0], effort) for effort in (None, 1.0))
+    return plain != told
+
+
+def _worded(problems: Sequence[Problem], text: str) -> list[Problem]:
+    """The problems, with ``text`` behind the last message of each ("": as they are)."""
+    if not text:
+        return list(problems)
+    found = []
+    for problem in problems:
+        *before, last = problem.messages
+        told = {**last, "content": f"{last['content']}\n{text}"}
+        found.append(replace(problem, messages=(*before, told)))
+    return found
 
 
 def _check_control(policy: Policy, engine: Engine, thinking: int = FAR) -> None:

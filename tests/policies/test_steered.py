@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ttc
 from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
 from ttc.api import Run, Settings, _check_control
@@ -164,6 +165,19 @@ def test_an_effort_goes_into_the_requests() -> None:
     work = next(parse("plain?effort=0.5&n=2").run(make_problems(1)[0], brief))
     assert isinstance(work, Generate)
     assert [r.effort for r in work.requests] == [0.5, 0.5]
+
+
+def test_effort_in_words_stands_behind_the_problem_and_one_that_is_not_read_is_told() -> None:
+    problems = make_problems(2)
+    run = ttc.Run(
+        problems, FakeEngine(), ttc.Settings(policy="plain?text=Think%20briefly.", budget="1k tokens")
+    )
+    assert [p.text for p in run.problems] == [p.text + "\nThink briefly." for p in problems]
+    assert [r.problem_id for r in run.results()] == [p.id for p in problems]
+    assert run.notices == []
+    for settings in (ttc.Settings(policy="plain?effort=0.5"), ttc.Settings(effort=0.5)):
+        [notice] = ttc.Run(problems, FakeEngine(), settings).notices
+        assert notice.startswith("effort: fake's chat template reads none, so 0.5 changes nothing")
 
 
 # -- text on the controller's word -------------------------------------------------------------------------------------------------
