@@ -195,8 +195,8 @@ class Run:
         effort = getattr(self.policy, "effort", 0.0) or self.settings.effort
         if effort and not _reads_effort(self.problems, self.engine):
             found.append(
-                f"effort: {self.engine.info.model}'s chat template reads none, so {effort:g} changes nothing; 'plain?text=…' says it"
-                " in words"
+                f"effort: {self.engine.info.model}'s chat template reads none, so {effort:g} changes nothing; 'plain?text=…' says"
+                " it in words"
             )
         if self.settings.kv_budget is not None and self.kv is None and self.settings.kv_method != "dense":
             found.append(f"kv-budget: decoding stays dense; {self.engine.info.kv_reason}")
