@@ -144,8 +144,11 @@ class Run:
         self.sampling = _sampling(engine.info.sampling, settings)
         self.kv = _kv(settings, engine)
         info = engine.info
+        told = engine.sparse(self.kv) if self.kv is not None and isinstance(engine, SparseEngine) else None
+        self._below = told[0] if told is not None else None
         pricer = Pricer(
             info.shape, info.concurrency, info.steerable, kv_page=info.kv_page,
+            **({"kv_below": told[0], "kv_part": told[1]} if told is not None else {}),
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
@@ -200,8 +203,8 @@ class Run:
             )
         if self.settings.kv_budget is not None and self.kv is None and self.settings.kv_method != "dense":
             found.append(f"kv-budget: decoding stays dense; {self.engine.info.kv_reason}")
-        if self.kv is not None and isinstance(self.engine, SparseEngine):
-            below = self.engine.dense_below(self.kv)
+        below = self._below
+        if self.kv is not None and below is not None:
             if below >= self.engine.info.context:
                 found.append(
                     "kv-budget: decoding stays dense; at every context that this model takes, choosing pages would take longer than"

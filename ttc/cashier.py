@@ -60,9 +60,7 @@ class Cashier:
         if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
             probes += 1  # one may be under way
             whole = prompt + thinking + self.engine.room_tokens  # a closing span may stand in its prompt
-            forks = probes * self.pricer.most_fork(
-                unit, request, whole, info.probe_prefill, info.probe_tokens
-            )
+            forks = probes * self.pricer.most_fork(unit, whole, info.probe_prefill, info.probe_tokens)
         else:
             tokens += probes * (info.probe_tokens or 0)
         return (

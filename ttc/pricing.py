@@ -2,15 +2,18 @@
 
 The one place where tokens become FLOPs, bytes, eFLOPs and dollars (formulas: ``ttc.costmodel``). ``full`` is charged with the
 weight reads that the engine measured (the branch's share of each step); where the engine can't see its batch, with those of a full
-one (its concurrency), and the bound uses the same.
+one (its concurrency), and the bound uses the same. Likewise sparse decoding: charged is dense decoding less what the engine counted
+as skipped, and dense decoding where it can't count; the bound takes off what is sure to be skipped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ttc.attention.worth import VECTORS
 from ttc.budget import Unit
 from ttc.costmodel import KINETICS_INTENSITY, Cost, ModelShape, full, kinetics, kv_reads
 from ttc.errors import InputError
@@ -29,7 +32,9 @@ class Kinetics(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pricer:
-    """``intensity`` in FLOP/byte; dollar prices per million tokens; ``kv_page`` the engine's tokens of a KV page."""
+    """``intensity`` in FLOP/byte; dollar prices per million tokens; ``kv_page`` the engine's tokens of a KV page. ``kv_below``: up
+    to that context a branch with a KV budget reads everything (infinity: perhaps at any); ``kv_part``: the part of the layers
+    without a window that decode sparsely."""
 
     shape: ModelShape | None
     concurrency: int
@@ -38,6 +43,8 @@ class Pricer:
     usd_per_m_input: float | None = None
     usd_per_m_output: float | None = None
     kv_page: int | None = None
+    kv_below: float = math.inf
+    kv_part: float = 1.0
 
     def check(self, unit: Unit) -> None:
         """Raise InputError if this unit can't be charged on this engine."""
@@ -60,8 +67,6 @@ class Pricer:
         tokens = completion.output_tokens + (0 if completion.forks else completion.probe_tokens)
         prompt = completion.prompt_tokens + sum(fork.prompt_tokens for fork in completion.forks)
         flops = moved = eflops = own = 0.0
-        # Where the engine counted what sparse decoding skipped, all is priced as dense, less that.
-        told = request if completion.kv_skipped is None else replace(request, kv_budget=None, kv_method=None)
         if self.shape is not None and tokens:
             cost = full(
                 self.shape,
@@ -69,19 +74,16 @@ class Pricer:
                 cached_prompt_tokens=completion.cached_tokens,
                 generated_tokens=tokens,
                 weight_reads=self._reads(tokens, completion.weight_reads),
-                **self._sparse(told),
             )
             cost -= self._skipped(completion.kv_skipped or 0.0, completion.kv_scored)
             flops, moved, eflops = float(cost.flops), float(cost.bytes), float(cost.eflops(self.intensity))
             own = self.kinetics(request, completion).own
         for fork in completion.forks if self.shape is not None else ():
-            cost = self._fork(told, *fork)
+            cost = self._fork(*fork)
             flops, moved = flops + float(cost.flops), moved + float(cost.bytes)
             eflops += float(cost.eflops(self.intensity))
-        read = kv_reads(completion.prompt_tokens, tokens, told.kv_budget)
-        read += sum(
-            kv_reads(fork.prompt_tokens, fork.output_tokens, told.kv_budget) for fork in completion.forks
-        )
+        read = kv_reads(completion.prompt_tokens, tokens)
+        read += sum(kv_reads(fork.prompt_tokens, fork.output_tokens) for fork in completion.forks)
         return Charge(
             tokens_generated=completion.generated_tokens,
             tokens_forced=completion.forced_tokens,
@@ -132,7 +134,20 @@ class Pricer:
         elements = tokens * shape.kv_elements_per_layer - scored * shape.key_elements_per_layer
         return Cost(layers * flops, layers * elements * shape.kv_bytes_per_element)
 
-    def _fork(self, request: Request, prompt: int, cached: int, tokens: int, reads: float | None) -> Cost:
+    def _sure(self, request: Request, prompt: int, tokens: int) -> Cost:
+        """What sparse decoding is sure to save a branch of ``tokens`` output tokens: in each step past ``kv_below`` all but the
+        budget, less the scoring of every page."""
+        last = prompt + tokens - 1
+        if request.kv_budget is None or self.kv_page is None or last <= self.kv_below:
+            return Cost(0.0, 0.0)
+        kept = max(1, request.kv_budget // self.kv_page) * self.kv_page
+        first, scoring = max(prompt, int(self.kv_below), kept) + 1, max(prompt, int(self.kv_below)) + 1
+        skipped = max(0, last - first + 1) * ((first + last) / 2 - kept)
+        scored = (last - scoring + 1) * ((scoring + last) / 2 / self.kv_page + 1)
+        scored *= VECTORS.get(request.kv_method or "", 0)
+        return self._skipped(self.kv_part * skipped, scored)
+
+    def _fork(self, prompt: int, cached: int, tokens: int, reads: float | None) -> Cost:
         assert self.shape is not None
         return full(
             self.shape,
@@ -140,10 +155,9 @@ class Pricer:
             cached_prompt_tokens=cached,
             generated_tokens=tokens,
             weight_reads=self._reads(tokens, reads),
-            **self._sparse(request),
         )
 
-    def most_fork(self, unit: Unit, request: Request, prompt: int, prefill: int, tokens: int) -> float:
+    def most_fork(self, unit: Unit, prompt: int, prefill: int, tokens: int) -> float:
         """The most, in ``unit``, that an anytime answer of ``tokens`` tokens can cost as a request of its own behind ``prompt``
         tokens, of which at most ``prefill`` are computed again; it may be alone in each of its steps."""
         if unit == "tokens":
@@ -153,13 +167,13 @@ class Pricer:
         if unit == "seconds" or self.shape is None:
             return 0.0
         return max(
-            float(self._fork(request, prompt, cached, tokens, float(tokens)).eflops(self.intensity))
+            float(self._fork(prompt, cached, tokens, float(tokens)).eflops(self.intensity))
             for cached in {max(prompt - prefill, 0), max(prompt - 1, 0)}
         )
 
     def kinetics(self, request: Request, completion: Completion) -> Kinetics:
-        """Kinetics Eq. 4 for one of N branches. The equation is linear in N: its slope is the branch's own cost, its intercept
-        the prompt's KV reads, which the paper shares over the N."""
+        """Kinetics Eq. 4 for one of N branches, dense unless it is known to have skipped KV tokens. The equation is linear in N:
+        its slope is the branch's own cost, its intercept the prompt's KV reads, which the paper shares over the N."""
         if self.shape is None or not completion.output_tokens:
             return Kinetics(0.0, 0.0)
         one, two = (
@@ -168,7 +182,7 @@ class Pricer:
                 prompt_tokens=completion.prompt_tokens,
                 generated_tokens=completion.output_tokens,
                 samples=n,
-                **self._sparse(request),
+                **(self._sparse(request) if completion.kv_skipped else {}),
             ).eflops(self.intensity)
             for n in (1, 2)
         )
@@ -193,6 +207,7 @@ class Pricer:
         if unit == "seconds" or self.shape is None:
             return 0.0
         worst = self._reads(tokens, reads + tokens - done)
+        saved = float(self._sure(request, prompt, tokens).eflops(self.intensity))
         return max(
             float(
                 full(
@@ -201,9 +216,9 @@ class Pricer:
                     cached_prompt_tokens=cached,
                     generated_tokens=tokens,
                     weight_reads=worst,
-                    **self._sparse(request),
                 ).eflops(self.intensity)
             )
+            - saved
             for cached in (0, max(prompt - 1, 0))
         )
 

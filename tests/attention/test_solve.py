@@ -14,7 +14,7 @@ from ttc.costmodel import full
 from ttc.engine.vllm import VLLMEngine
 from ttc.errors import InputError
 from ttc.problems import from_text
-from ttc.types import Result
+from ttc.types import Request, Result, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SUM = "State the final answer to the following arithmetic problem: " + " + ".join(["37"] * 12) + " ="
@@ -65,11 +65,6 @@ def test_what_was_read_is_counted_and_priced(engine: VLLMEngine, method: str) ->
         assert branch.charge.bytes > 0.9 * float(bound.bytes)
 
 
-def test_eflops_stay_under_the_budget(engine: VLLMEngine) -> None:
-    run, _ = solve(engine, kv_budget=64, kv_method="quest", budget="2e11 eflops")
-    assert run.summary()["overrun"] == 0
-
-
 def test_dense_branches_count_their_context(engine: VLLMEngine) -> None:
     _, result = solve(engine)
     for branch in result.branches:
@@ -100,7 +95,8 @@ def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(engine: 
     for overhead, below in (([0.5, 1e9], 1e9), ([0.5, 32.0], 96.0)):
         told = {"additional_config": {"ttc_sparse": {"overhead": overhead}}}
         slow = VLLMEngine("nano-s", concurrency=16, kv_page=32, engine_args=told)
-        assert slow.dense_below(KvSetting(64)) == pytest.approx(below, rel=0.05)
+        told_below, part = slow.sparse(KvSetting(64)) or (0, 0)
+        assert (told_below, part) == (pytest.approx(below, rel=0.05), 1)
         run, result = solve(slow, kv_budget=64)
         said = [b.completion.text for b in result.branches]
         dense = [b.completion.text for b in solve(engine)[1].branches]
@@ -127,3 +123,30 @@ def test_a_window_stays_dense_with_one_warning(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level("WARNING", logger="ttc.attention"):
         assert decode(opened, asked, KvSetting(64), salted=False) == wanted
     assert [r.message.count("stay dense: a sliding window") for r in caplog.records] == [1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"when": "cheaper"}, {"overhead": [0.5, 1e9]}, {"overhead": [1, 0], "dense_layers": 2}]
+)
+def test_eflops_stay_under_the_budget(options: dict[str, object]) -> None:
+    """Also where branches, or some layers, stay dense; and no piece is let begin that could exceed it."""
+    opened = VLLMEngine(
+        "nano-s", concurrency=16, kv_page=32, engine_args={"additional_config": {"ttc_sparse": options}}
+    )
+    for method in ("quest", "streaming"):
+        run, result = solve(opened, kv_budget=64, kv_method=method, budget="2e11 eflops")
+        assert run.summary()["overrun"] == 0
+        for branch in result.branches:
+            made = branch.completion
+            alone = run.driver.pricer.most(
+                "eflops", asked(run, method), made.prompt_tokens, made.output_tokens, done=made.output_tokens,
+                reads=made.weight_reads or 0.0,
+            )  # fmt: skip
+            assert branch.charge.eflops <= alone * (1 + 1e-9)
+            assert branch.charge.eflops > 0.9 * alone
+    opened.close()
+
+
+def asked(run: Run, method: str) -> Request:
+    """A request with the budget of these tests."""
+    return Request(run.problems[0], 0, 0, 300, Sampling(), kv_budget=64, kv_method=method)

@@ -53,6 +53,17 @@ class Batch:
         """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any)."""
         return max((planner.dense_below(setting) for planner in self.planners.values()), default=math.inf)
 
+    @property
+    def layers(self) -> int:
+        """Layers of all groups that the backend serves."""
+        return sum(len(planner.layers) for planner in self.planners.values())
+
+    @property
+    def part(self) -> float:
+        """The part of those layers that may decode sparsely: the others are dense by the engine's options."""
+        sparse = sum(f is not None for planner in self.planners.values() for f in planner.layers)
+        return sparse / max(1, self.layers)
+
 
 def batch_of(vllm_config: Any) -> Batch:
     """The batch of the engine with this config (several may live in one process)."""

@@ -205,7 +205,7 @@ class Planner:
         self, settings: list[Row | None], pages: list[int], kept: dict[Factors, list[list[int]]], again: bool
     ) -> bool:
         """Count for each row what it skips and scores. False if all stay dense."""
-        sparse, layers = False, len(self.layers)
+        sparse, layers = False, self.batch.layers or len(self.layers)
         shares = [(factors, self.layers.count(factors)) for factors in kept]
         for i, row in enumerate(settings):
             if row is None:
@@ -214,7 +214,7 @@ class Planner:
             if skipped > 0:
                 sparse = True
                 vectors = 0 if again else VECTORS.get(row.setting.method, 0)
-                row.count(skipped / layers, pages[i] * vectors * self.choosing)
+                row.count(skipped / layers, pages[i] * vectors * self.choosing * len(self.layers) / layers)
         return sparse
 
     def _stale(self, step: Step, ahead: int = 0) -> dict[str, Tensor]:

@@ -177,8 +177,8 @@ class OpenAIEngine:
         return self._setting.room_tokens
 
     def learn_kv(self) -> EngineInfo:
-        """See ``ServedEngine``. What the server then reads can't be seen from here: branches are charged by the cost model's
-        formula, as if it chose pages wherever that reads fewer bytes. Raises InputError if the server can't be reached."""
+        """See ``ServedEngine``. What the server then reads can't be seen from here, and it may stay dense by itself: branches are
+        charged as dense, which is the most that they read. Raises InputError if the server can't be reached."""
         if self._info.kv_page is None and not self._info.kv_reason:
             try:
                 page, reason = self._call(self._server.learn_kv())
@@ -188,8 +188,8 @@ class OpenAIEngine:
             self._info = replace(self._info, kv_page=page, kv_reason=reason)
             if page is not None:
                 self._server.say_once(
-                    "what the server reads of the KV cache can't be seen from here: a KV budget is charged by the cost model's"
-                    " formula"
+                    "what the server reads of the KV cache can't be seen from here: branches with a KV budget are charged as"
+                    " dense, the most that they read"
                 )
         return self._info
 

@@ -143,10 +143,11 @@ class ProbingEngine(Protocol):
 
 @runtime_checkable
 class SparseEngine(Protocol):
-    """What an engine with ``info.kv_page`` can say besides: from which context on a KV budget is in force."""
+    """What an engine with ``info.kv_page`` that counts what is read can say besides: where a KV budget is in force."""
 
-    def dense_below(self, kv: KvSetting) -> float:
-        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any)."""
+    def sparse(self, kv: KvSetting) -> tuple[float, float] | None:
+        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any), and the part of the
+        layers without a window that then read less. None where it can't say, and does not count."""
         ...
 
 

@@ -257,14 +257,14 @@ class VLLMEngine:
         kv.check_page(self._info.kv_page)
         return kv
 
-    def dense_below(self, kv: KvSetting) -> float:
-        """The context, in tokens, up to which a branch with this setting reads everything (infinity: at any; 0 where it can't be
-        asked, in another process). The first call may measure the machine, in about a second."""
+    def sparse(self, kv: KvSetting) -> tuple[float, float] | None:
+        """See ``SparseEngine``; None in another process. The first call may measure the machine, in about a second."""
         if not self._in_process or self._info.kv_page is None:
-            return 0
+            return None
         from ttc.attention import rows
 
-        return rows.batch_of(self._llm.vllm_config).dense_below(kv)
+        batch = rows.batch_of(self._llm.vllm_config)
+        return batch.dense_below(kv), batch.part
 
     def _add(self, ticket: int, ids: list[int], params: Any, kv: KvSetting | None) -> None:
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
