@@ -87,9 +87,10 @@ def watch(monkeypatch: Any, check: Callable[[Seen], None], layer_class: Any) -> 
 
 
 @contextmanager
-def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callable[[], None]]:
-    """For engines with full CUDA graphs that are opened within: it yields what calls ``check`` for the rows of the step just made,
-    if it was one for graphs. Query, table and output of each layer are copied aside by launches that become part of the graphs."""
+def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callable[[Any], None]]:
+    """For engines with full CUDA graphs that are opened within: it yields what takes an engine's step and calls ``check`` for its
+    rows, if it was one for graphs. Query, table and output of each layer are copied aside by launches that become part of the
+    graphs."""
     from ttc.attention.fixed import FixedPlanner, FixedStep
     from ttc.attention.gpu import GpuImpl
 
@@ -115,7 +116,9 @@ def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callab
         steps[:] = [decode(self, *told)]
         return steps[0]
 
-    def look() -> None:
+    def take(engine: Any) -> None:
+        steps.clear()  # those of the capture have made-up rows
+        engine.step()
         for step in steps:
             for impl, kv_cache, query, output, table in notes.values():
                 heads, page = kv_cache.shape[1], step.planner.page
@@ -135,12 +138,11 @@ def replayed(monkeypatch: Any, check: Callable[[Seen], None]) -> Iterator[Callab
                             page, output[i].view(shape).float().cpu(), impl.scale, impl.cache.ids, torch.bfloat16,
                         )
                     )  # fmt: skip
-        steps.clear()
 
     with monkeypatch.context() as patch:
         patch.setattr(GpuImpl, "attend", attending)
         patch.setattr(FixedPlanner, "decode", deciding)
-        yield look
+        yield take
 
 
 def page_values(seen: Seen, head: int) -> Tensor | None:

@@ -201,7 +201,7 @@ def test_replayed_steps_equal_the_reference(way: Way, monkeypatch: pytest.Monkey
     if not way.graphs:
         pytest.skip("there are no graphs here")
     tally: Counter[str] = Counter()
-    with replayed(monkeypatch, checker(tally)) as look:
+    with replayed(monkeypatch, checker(tally)) as take:
         engine = open_engine(way.folder, **way.options | GRAPHS)
         for count in (6, 3):
             methods = ["block-topk", "quest", "streaming", None, "power", "quest"][:count]
@@ -209,7 +209,6 @@ def test_replayed_steps_equal_the_reference(way: Way, monkeypatch: pytest.Monkey
             asked = [(ids * 9)[: 150 + 41 * i] for i, ids in enumerate(prompts(count, shared=0, seed=3))]
             add_requests(engine, asked, settings, tokens=2 * PAGE)
             while engine.has_unfinished_requests():
-                engine.step()
-                look()
+                take(engine)
     assert set(tally) == {"block-topk", "quest", "streaming", "power"}
     assert min(tally.values()) > 100

@@ -250,7 +250,7 @@ class SparseForward:
         shared = planner.shared.get(anchor) if step.again else step.chosen.get(anchor)
         if shared is not None:
             return shared
-        table = plan.table.clone() if plan.frame is None else plan.table
+        table = plan.table if planner.alone or plan.frame is not None else plan.table.clone()
         heads = len(factors)
         grouped = query[: step.rows].view(step.rows, heads, self.num_heads // heads, -1)
         if plan.scored:
@@ -263,7 +263,8 @@ class SparseForward:
             )
             own = table[i * heads : (i + 1) * heads]
             choose.fill_scored(own, mass, ids, plan.kept[i], self.cache.ids)
-        step.chosen[anchor] = planner.shared[anchor] = table
+        if not planner.alone:
+            step.chosen[anchor] = planner.shared[anchor] = table
         return table
 
 

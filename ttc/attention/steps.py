@@ -112,6 +112,9 @@ class Planner:
         self.choosing = len(set(self.anchors.values())) / len(
             factors
         )  # the part of the layers that score pages
+        self.alone = (
+            options.share_layers == options.share_steps == 1
+        )  # each layer and step chooses for itself, so in place
         self.shared: dict[Any, Tensor] = {}  # choices that later steps may take over
         self.below: dict[tuple[KvSetting, int], float] = {}  # see ``_below``
         self.mark: Any = None

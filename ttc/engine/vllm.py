@@ -75,8 +75,8 @@ class VLLMEngine:
         self._stats = Stats()
         page_of = shortest_page(self._vllm) if short_pages and kv_page is None else kv_page
         told: dict[str, Any] = {} if page_of is None else {"block_size": checked_page(self._vllm, page_of)}
-        if kv_when is not None:
-            told["additional_config"] = {CONFIG_KEY: {"when": check_when(kv_when)}}
+        if kv_page is not None or kv_when is not None:  # asked for, so also in full CUDA graphs
+            told["additional_config"] = {CONFIG_KEY: {} if kv_when is None else {"when": check_when(kv_when)}}
         self._llm = start(
             self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
             extra=told | dict(engine_args or {}),
