@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_cells_that_were_measured_outlive_one_that_fails(
         )  # fmt: skip
     report = json.loads(capsys.readouterr().out)
     assert [row["batch"] for row in report["rows"]] == [1, 32]
+
+
+def test_stock_is_measured_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> SimpleNamespace:
+        told.append(env)
+        Path(command[-1]).write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(decode.subprocess, "run", run)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    for budgets in ((256,), ()):
+        [cell] = decode.plan([4096], [1], 9.0, 1, budgets=budgets, page=64)
+        assert decode._in_process(cell) == {}
+    assert [env.get("VLLM_PLUGINS") for env in told] == [None, "none"]
 
 
 def test_a_study_is_gone_on_with(tmp_path: Path) -> None:

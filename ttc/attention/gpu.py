@@ -2,8 +2,7 @@
 view of the cache with one KV head, in which every (row, KV head) is a sequence, and once for the rows that prefill.
 
 Read against vLLM 0.32.0 and 0.26.0. The plan, the views, the metadata and the Triton kernels are tested on CPU (in Triton's
-interpreter), and tests/attention/test_gpu.py holds all of it where a GPU is: on an H200 the selector and rows that decode together
-passed; the rest of that file has not run since it was mended (docs/sparse.md).
+interpreter), and tests/attention/test_gpu.py holds all of it where a GPU is; what has run on one is in docs/sparse.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 By bytes that is arithmetic: a page vector is half a token (a key without its value). By time it is measured, once for each machine
 and model shape, on the real layers (``ttc.attention.builder.measure``), and kept in the user's cache, so that later runs on the
-machine decide alike. A row decides by its own context, never by its neighbours in the batch. Imports neither torch nor vLLM.
+machine decide alike. On CPU a row decides by its own context; on GPU rows share the fixed part (``Planner.pooled``). Imports neither
+torch nor vLLM.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ ROOM = 256
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one process measures: ``layers`` of the model, a method at several budgets (tokens), each arm ``steps`` times."""
+    """What one process measures: ``layers`` of the model, a method at several budgets (tokens), each arm ``steps`` times. Without
+    budgets it is vLLM without the plugin, dense alone."""
 
     context: int
     batch: int
@@ -239,8 +240,8 @@ def main(
             failed.append(str(error))
             say(failed[-1])
             continue
-        best = max(arm.get("speedup", 0.0) for arm in rows[-1]["arms"])
-        say(f"{cell.batch} × {cell.context:,}: {best:.1f}×")
+        best = max((arm["speedup"] for arm in rows[-1]["arms"] if arm["budget"] is not None), default=None)
+        say(f"{cell.batch} × {cell.context:,}: " + ("stock" if best is None else f"{best:.1f}×"))
     report = {
         "model": model,
         "rows": rows,
@@ -261,7 +262,7 @@ def _in_process(cell: Cell) -> dict[str, Any]:
         out = Path(folder) / "cell.json"
         made = subprocess.run(
             [sys.executable, "-m", "ttc.bench.decode", json.dumps(asdict(cell)), str(out)], text=True, capture_output=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
+            env=os.environ | {"OMP_NUM_THREADS": threads} | ({} if cell.budgets else {"VLLM_PLUGINS": "none"}),
         )  # fmt: skip
         if made.returncode:
             words = "killed, perhaps for want of memory" if made.returncode == -9 else _last_line(made.stderr)
@@ -303,7 +304,8 @@ def _print(report: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for each in report["rows"]:
         for arm in each["arms"]:
-            spread = f"{arm['low_s'] * 1e3:,.0f} to {arm['high_s'] * 1e3:,.0f}"
+            digits = 0 if arm["step_s"] > 0.1 else 2
+            spread = f"{arm['low_s'] * 1e3:,.{digits}f} to {arm['high_s'] * 1e3:,.{digits}f}"
             ratios = ("", "", "")
             if arm["budget"] is not None:
                 word = " (stays dense)" if arm["stays_dense"] else ""
@@ -314,7 +316,7 @@ def _print(report: dict[str, Any]) -> None:
                 )
             table.add_row(
                 f"{each['batch']} × {each['context']:,}", str(each["layers"]), _name(arm["budget"]),
-                f"{arm['step_s'] * 1e3:,.0f} ms", spread, *ratios,
+                f"{arm['step_s'] * 1e3:,.{digits}f} ms", spread, *ratios,
             )  # fmt: skip
     stdout.print(table)
     machine = report["machine"]
