@@ -101,7 +101,9 @@ def decode(
             help="An argument of vLLM's engine as name=JSON, e.g. attention_backend=FLASH_ATTN.",
         ),
     ] = None,
-    stock: Annotated[bool, typer.Option(help="vLLM without the plugin, dense alone: what staying dense costs.")] = False,
+    stock: Annotated[
+        bool, typer.Option(help="vLLM without the plugin, dense alone: what staying dense costs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Sparse against dense decoding, step by step over the same KV, on a published model's shape with random weights."""
@@ -109,8 +111,9 @@ def decode(
     from ttc.cli.options import engine_args
 
     main(
-        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), budgets=[] if stock else _numbers("budgets", budgets),
-        method=method, page=page, layers=layers, memory_gib=memory, steps=steps, share_layers=share_layers,
+        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches),
+        budgets=[] if stock else _numbers("budgets", budgets), method=method, page=page, layers=layers, memory_gib=memory,
+        steps=steps, share_layers=share_layers,
         share_steps=share_steps, as_json=as_json, model=model, engine_args=engine_args(engine_arg or []),
     )  # fmt: skip
 
