@@ -1,9 +1,9 @@
 """From which context on it pays to read a part of the KV cache: what choosing costs, in KV tokens that could be read instead.
 
 By bytes that is arithmetic: a page vector is half a token (a key without its value). By time it is measured, once for each machine
-and model shape, on the real layers (``ttc.attention.builder.measure``), and kept in the user's cache, so that later runs on the
-machine decide alike. On CPU a row decides by its own context; on GPU rows share the fixed part (``Planner.pooled``). Imports neither
-torch nor vLLM.
+and model shape, on the real layers (``ttc.attention.backend.measure``), and kept in the user's cache, so that later runs on the
+machine decide alike. On CPU a row decides by its own context; on GPU rows share the fixed part (``Planner.pooled``). Imports
+neither torch nor vLLM.
 """
 
 from __future__ import annotations
