@@ -79,7 +79,7 @@ def test_stock_is_measured_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -
         Path(command[-1]).write_text("{}")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(decode.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     for budgets in ((256,), ()):
         [cell] = decode.plan([4096], [1], 9.0, 1, budgets=budgets, page=64)

@@ -96,7 +96,8 @@ def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(engine: 
         told = {"additional_config": {"ttc_sparse": {"overhead": overhead}}}
         slow = VLLMEngine("nano-s", concurrency=16, kv_page=32, engine_args=told)
         told_below, part = slow.sparse(KvSetting(64)) or (0, 0)
-        assert (told_below, part) == (pytest.approx(below, rel=0.05), 1)
+        assert told_below == pytest.approx(below, rel=0.05)
+        assert part == 1
         run, result = solve(slow, kv_budget=64)
         said = [b.completion.text for b in result.branches]
         dense = [b.completion.text for b in solve(engine)[1].branches]
