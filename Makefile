@@ -26,7 +26,7 @@ test: lint types  ## All tests, engines included
 bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
 	@.venv/bin/ttc bench overhead
 	@.venv/bin/ttc bench overhead --http --rounds 2 --problems 20
-	@.venv/bin/ttc bench decode --contexts 4096,32768 --batches 1,8 --budgets 512,2048
+	@.venv/bin/ttc bench decode
 
 reproduce: .venv/.ready  ## Every published figure, from its command
 	@bash docs/reproduce.sh

@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -144,11 +145,12 @@ class Run:
         self.sampling = _sampling(engine.info.sampling, settings)
         self.kv = _kv(settings, engine)
         info = engine.info
-        told = engine.sparse(self.kv) if self.kv is not None and isinstance(engine, SparseEngine) else None
+        force = cache(lambda budget, method: _in_force(engine, budget, method))
+        told = force(self.kv.budget, self.kv.method) if self.kv is not None else None
         self._below = told[0] if told is not None else None
         pricer = Pricer(
             info.shape, info.concurrency, info.steerable, kv_page=info.kv_page,
-            **({"kv_below": told[0], "kv_part": told[1]} if told is not None else {}),
+            kv_force=force,
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
@@ -277,6 +279,12 @@ class Run:
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def _in_force(engine: Engine, budget: int, method: str | None) -> tuple[float, float] | None:
+    """``SparseEngine.sparse`` of a budget and a method; None where the engine does not count what is read."""
+    kv = KvSetting.asked(budget, method)
+    return engine.sparse(kv) if kv is not None and isinstance(engine, SparseEngine) else None
 
 
 def _kv(settings: Settings, engine: Engine) -> KvSetting | None:

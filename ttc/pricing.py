@@ -9,7 +9,7 @@ as skipped, and dense decoding where it can't count; the bound takes off what is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,9 +32,8 @@ class Kinetics(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pricer:
-    """``intensity`` in FLOP/byte; dollar prices per million tokens; ``kv_page`` the engine's tokens of a KV page. ``kv_below``: up
-    to that context a branch with a KV budget reads everything (infinity: perhaps at any); ``kv_part``: the part of the layers
-    without a window that decode sparsely."""
+    """``intensity`` in FLOP/byte; dollar prices per million tokens; ``kv_page`` the engine's tokens of a KV page;
+    ``kv_force`` its word (``SparseEngine.sparse``) on where a KV budget and a method are in force (None: perhaps nowhere)."""
 
     shape: ModelShape | None
     concurrency: int
@@ -43,8 +42,7 @@ class Pricer:
     usd_per_m_input: float | None = None
     usd_per_m_output: float | None = None
     kv_page: int | None = None
-    kv_below: float = math.inf
-    kv_part: float = 1.0
+    kv_force: Callable[[int, str | None], tuple[float, float] | None] | None = None
 
     def check(self, unit: Unit) -> None:
         """Raise InputError if this unit can't be charged on this engine."""
@@ -135,17 +133,21 @@ class Pricer:
         return Cost(layers * flops, layers * elements * shape.kv_bytes_per_element)
 
     def _sure(self, request: Request, prompt: int, tokens: int) -> Cost:
-        """What sparse decoding is sure to save a branch of ``tokens`` output tokens: in each step past ``kv_below`` all but the
-        budget, less the scoring of every page."""
+        """What sparse decoding is sure to save a branch of ``tokens`` output tokens: in each step past the context from which the
+        budget is in force all but the budget, less the scoring of every page."""
+        told = None
+        if request.kv_budget is not None and self.kv_force is not None:
+            told = self.kv_force(request.kv_budget, request.kv_method)
+        below, part = told if told is not None else (math.inf, 0.0)
         last = prompt + tokens - 1
-        if request.kv_budget is None or self.kv_page is None or last <= self.kv_below:
+        if request.kv_budget is None or self.kv_page is None or last <= below:
             return Cost(0.0, 0.0)
         kept = max(1, request.kv_budget // self.kv_page) * self.kv_page
-        first, scoring = max(prompt, int(self.kv_below), kept) + 1, max(prompt, int(self.kv_below)) + 1
+        first, scoring = max(prompt, int(below), kept) + 1, max(prompt, int(below)) + 1
         skipped = max(0, last - first + 1) * ((first + last) / 2 - kept)
         scored = (last - scoring + 1) * ((scoring + last) / 2 / self.kv_page + 1)
         scored *= VECTORS.get(request.kv_method or "", 0)
-        return self._skipped(self.kv_part * skipped, scored)
+        return self._skipped(part * skipped, scored)
 
     def _fork(self, prompt: int, cached: int, tokens: int, reads: float | None) -> Cost:
         assert self.shape is not None
