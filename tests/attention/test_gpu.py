@@ -178,9 +178,7 @@ def test_every_choice_and_output_equals_the_reference(way: Way, monkeypatch: pyt
     from ttc.attention.triton_attn import TritonImpl
 
     if way.graphs:
-        pytest.skip(
-            "a replayed step runs no Python to look at; that graphs choose as eager steps do is the next test"
-        )
+        pytest.skip("a replayed step runs no Python to look at: see the next test")
     engine = open_engine(way.folder, **way.options, num_gpu_blocks_override=150)
     tally: Counter[str] = Counter()
     settings: list[KvSetting | None] = [*(KvSetting(160, method) for method in METHODS), None]

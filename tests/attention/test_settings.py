@@ -183,3 +183,35 @@ def test_the_measured_cost_is_kept_for_the_machine(tmp_path: Path, monkeypatch: 
     path.write_text("torn")
     assert stored(path) is None
     assert by_time(Overhead(0.1, -5.0)) == BY_BYTES  # never under the bytes
+
+
+@pytest.mark.engine
+def test_a_step_for_a_graph_pads_its_batch_and_keeps_rows_that_prefill_dense() -> None:
+    """Three rows of a graph of four: a sparse one, one that prefills its last token, a dense one; the fourth reads the null page.
+    A later step fills the same tensors."""
+    from ttc.attention.fixed import FixedPlanner, Layers, Room
+    from ttc.attention.rows import Batch, Row
+
+    class NoLayers(Layers):
+        def __init__(self) -> None:
+            self.ids = Ids(2, 1)
+
+    batch, even = Batch(), (1.0, 1.0)
+    batch.rows.update({i: Row(KvSetting(64, "streaming"), None) for i in (0, 1)})
+    planner = FixedPlanner(
+        options=SparseOptions(when="cheaper"), batch=batch, factors={"layers.0": even}, page=32, device=torch.device("cpu"),
+        finish=lambda plan: None, measure=lambda: BY_BYTES,
+    )  # fmt: skip
+    planner.room, planner.frames = Room(4, 8), {}
+    tables = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12] * 7, [13] * 7, [0] * 7], dtype=torch.int32)
+    found = planner.decode(
+        [200, 70, 70, 0], [1, 1, 1, 0], [False, True, False, False], tables, NoLayers()
+    ).plans[even]
+    assert found.lengths.tolist() == [40, 40, 70, 70, 70, 70, 1, 1]
+    assert found.table[:2, :2].tolist() == [[10, 22], [11, 23]]
+    assert found.table[2:, 0].tolist() == [24, 25, 26, 27, 0, 1]
+    assert found.rules.tolist() == [0] * 4
+    again = planner.decode([33, 71, 71, 40], [1] * 4, [False] * 4, tables, NoLayers()).plans[even]
+    assert again.lengths.tolist() == [33, 33, 39, 39, 71, 71, 40, 40]
+    assert again.table.data_ptr() == found.table.data_ptr()
+    assert found.lengths.tolist() == again.lengths.tolist()
