@@ -36,7 +36,7 @@ class Script:
     """What the server does with one call. ``text`` then the end of sequence; ``thought`` is sent apart, as
     reasoning, before it; ``endless``: ``text`` over and over; ``drop_after`` / ``hang_after``: that many
     tokens, then the connection breaks, or nothing more comes; ``deaf``: max_tokens is ignored; ``whole``: no
-    stream, one JSON answer."""
+    stream, one JSON answer; ``slow``: it samples a token and comes to no answer, not even a status."""
 
     text: str = ""
     thought: str = ""
@@ -51,6 +51,7 @@ class Script:
     interval: int = 1
     deaf: bool = False
     whole: bool = False
+    slow: bool = False
 
 
 Model = Callable[[Call], Script]
@@ -214,6 +215,9 @@ class MockServer:
             choice = {"index": 0, "message": message, "finish_reason": finish}
             _send_json(writer, 200, {"choices": [choice], "usage": usage})
             return True
+        if script.slow:
+            self.sampled += 1
+            await asyncio.sleep(3600)
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )

@@ -227,6 +227,18 @@ def test_what_a_server_may_have_sampled_unseen_is_charged() -> None:
         assert done.generated_tokens == 9 + 7
 
 
+def test_a_cancel_before_the_servers_first_word_is_charged() -> None:
+    """The call is out, and what the server made of it by then can't be known: its prompt, a token, and what an event may hold."""
+    with serving(lambda call: Script("x", slow=True), stream_interval=8) as (engine, server):
+        engine.submit(0, request(50))
+        until(engine, lambda: server.open == 1)
+        engine.abort([0])
+        (done,) = collect(engine, [0])
+        assert done.finish == "abort"
+        assert (done.prompt_tokens, server.sampled) == (server.prompted, 1)
+        assert done.generated_tokens == 1 + 7
+
+
 def test_a_cancel_before_anything_ran_costs_nothing() -> None:
     with serving(lambda call: Script("x", hang_after=0), concurrency=1) as (engine, server):
         engine.submit(0, request())

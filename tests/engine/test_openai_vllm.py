@@ -315,9 +315,13 @@ def test_search_and_anytime_answers_are_charged_as_the_server_counts(
     inserted = span * len(forks)
     charged = sum(r.charge.tokens_generated + r.charge.tokens_probe for r in results)
     sampled = after["generation"] - before["generation"]
-    ended = sum(fork.output_tokens > span for fork in forks)
-    assert sampled <= charged - inserted <= sampled + 7 * (len(forks) - ended + 2 * len(problems))
-    assert sum(r.charge.tokens_prompt for r in results) == after["prompt"] - before["prompt"]
+    # A call that is cut is charged at most a token and what an event may hold (7) more than was sampled: each of the two chains of
+    # a problem, and its fork. One that was cut before the server's first word is charged its prompt, which may not have got there.
+    cuts = 2 * 2 * len(problems)
+    assert sampled <= charged - inserted <= sampled + 8 * cuts
+    unsure = sum(fork.prompt_tokens for fork in forks if fork.output_tokens <= span + 8)
+    prompts = sum(r.charge.tokens_prompt for r in results)
+    assert after["prompt"] - before["prompt"] <= prompts <= after["prompt"] - before["prompt"] + unsure
     assert metric(server, "prefix_cache_hits_total") > cached
 
 

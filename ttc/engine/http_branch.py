@@ -337,10 +337,14 @@ class HTTPBranch:
         self._scored += len(delta.logprobs)
         return bool(call.finish) or call.tokens <= call.max_tokens
 
+    def hang_up(self) -> None:
+        """The call is being cancelled. If the server has not said a word yet, it may have begun all the same."""
+        if self._call is not None:
+            self._call.accepted = True
+
     def end(self, *, cut: bool) -> None:
         """The call is over; ``cut``: it did not come to its own end. Nothing is counted for a call that was
-        never accepted; for one that was cut, at least one token and all that the server may have sampled
-        unseen."""
+        never accepted; for one that was cut, at least one token, and what the server may have sampled unseen."""
         call, self._call = self._call, None
         if call is None:
             return
@@ -354,7 +358,7 @@ class HTTPBranch:
         self.accepted += 1
         tokens = call.tokens
         if cut:
-            tokens = min(max(tokens + self.unseen if tokens else 1, 1), max(call.max_tokens, tokens))
+            tokens = min(max(tokens, 1) + self.unseen, max(call.max_tokens, tokens))
         self.generated += tokens
         self._answer_left -= tokens
         self.prompt_tokens += (

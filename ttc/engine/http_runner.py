@@ -292,6 +292,10 @@ class Runner:
         try:
             await server.generate(path, body, receive)
             cut = False
+        except asyncio.CancelledError:
+            if not self.setting.unreachable:
+                branch.hang_up()
+            raise
         finally:
             branch.end(cut=cut)
         if branch.at_step and branch.ids:
