@@ -13,8 +13,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ttc.budget import Budget, format_amount
-from ttc.pricing import spent_in
-from ttc.summary import wilson
 
 if TYPE_CHECKING:
     from ttc.jobs import Status
@@ -71,6 +69,9 @@ class Live:
             self.console.print(f"{status.done}/{status.problems} problems  {self._facts(status)}")
 
     def _facts(self, status: Status) -> str:
+        from ttc.pricing import spent_in
+        from ttc.summary import wilson
+
         unit = self.budget.unit
         whole = self.budget.amount * (status.problems if self.budget.scope == "problem" else 1)
         spent = spent_in(unit, status.charge) if unit != "seconds" else status.seconds

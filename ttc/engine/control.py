@@ -172,16 +172,31 @@ class _Group:
 
     def _mark(self, row: int, here: float, elsewhere: float) -> None:
         self._here[row], self._elsewhere[row] = here, elsewhere
-        if self.device.type != "cpu":  # a CPU's tensors are views of the arrays
-            self._masks = None
+        self._masks = None
 
-    def masks(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """-inf in the members' rows of the batch and 0 in the others, and the reverse: whole columns are added, which is several
-        times as fast as picking rows."""
-        if self._masks is None or len(self._masks[0]) != rows:
-            here, elsewhere = torch.from_numpy(self._here[:rows]), torch.from_numpy(self._elsewhere[:rows])
-            self._masks = here.to(self.device), elsewhere.to(self.device)
-        return self._masks
+    def keep(self, logits: torch.Tensor) -> None:
+        """In the members' rows, p(end) goes to the closing delimiter. -inf in those rows and 0 in the others, and the reverse, are
+        added to whole columns, which is several times as fast as picking rows; on a CPU in place, without torch's overhead."""
+        rows = len(logits)
+        xp: Any = torch
+        here: Any = self._here[:rows]
+        elsewhere: Any = self._elsewhere[:rows]
+        if logits.device.type == "cpu" and logits.dtype == torch.float32:
+            table: Any = logits.numpy()
+            xp = np
+        else:
+            table = logits
+            if self._masks is None or len(self._masks[0]) != rows:
+                self._masks = (
+                    torch.from_numpy(here).to(self.device, logits.dtype),
+                    torch.from_numpy(elsewhere).to(self.device, logits.dtype),
+                )
+            here, elsewhere = self._masks
+        close = table[:, self.close]
+        for end in self.ends:
+            stop = table[:, end]
+            xp.logaddexp(close, stop + elsewhere, out=close)
+            stop += here
 
 
 class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
@@ -375,12 +390,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 if several:
                     self._guard(logits, several)
                 continue
-            close = logits[:, group.close]
-            here, elsewhere = group.masks(len(logits))
-            for end in group.ends:
-                stop = logits[:, end]
-                torch.logaddexp(close, stop + elsewhere, out=close)
-                stop.add_(here)
+            group.keep(logits)
 
     def _guard(self, logits: torch.Tensor, rows: list[Control]) -> None:
         """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample
