@@ -314,12 +314,18 @@ def main(
         nano.reward(reward)  # what is no reward model is refused before anything starts
         weights = (fingerprint(nano.reward_folder(reward)),)
     # An anytime answer needs a place in the batch at once: a late one is that of an earlier length.
-    at_once = {"concurrency": 32, "engine_args": {"max_num_seqs": 128}} if part == "anytime" else {"concurrency": 128}
+    at_once = (
+        {"concurrency": 32, "engine_args": {"max_num_seqs": 128}}
+        if part == "anytime"
+        else {"concurrency": 128}
+    )
     with open_engine(model, "vllm", **at_once) as engine:
         weights = (engine.info.identity["weights"], *weights)
         study = Study(engine, loaded, seeds, thinking, judge, out, weights)
         first = {"search": ("scored", *SEARCH.values()), "anytime": ("anytime",)}.get(part, ())
-        for seed in range(seeds):  # on every task before the next: a study that is cut short has something of each
+        for seed in range(
+            seeds
+        ):  # on every task before the next: a study that is cut short has something of each
             for task in loaded:
                 for policy in first:
                     study.cell(task, policy, PLENTY, seed)
