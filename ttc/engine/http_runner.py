@@ -240,7 +240,8 @@ class Runner:
             room=room,
             prompt=prompt,
             prompt_opens=setting.prompt_opens,
-            unseen=server.stream_interval - 1 if server.is_vllm else 0,
+            # A fork that is cut is charged whole: it is short, and a busy server's events may lag behind what it samples.
+            unseen=room if self.fork else server.stream_interval - 1 if server.is_vllm else 0,
             course=await self._course(thinking) if request.control is not None else None,
             native=bool(server.steers),
             prefix_ids=request.prefix_ids,
