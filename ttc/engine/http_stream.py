@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -210,6 +211,11 @@ def _broken(error: Exception) -> CallFailed:
         return CallFailed("the server sent nothing for too long", again=True)
     unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     words = one_line(str(error)) or type(error).__name__
+    if isinstance(
+        error, aiohttp.ClientConnectorError
+    ):  # the system's own words: aiohttp's speak of ssl also where there is none
+        number = error.os_error.errno or 0
+        words = os.strerror(number) if number > 0 else error.os_error.strerror or words
     return CallFailed(words, again=not isinstance(error, aiohttp.InvalidURL), unreachable=unreachable)
 
 
