@@ -1,6 +1,7 @@
 """HTTP calls to an OpenAI-compatible server: a stream of events as ``Delta`` values, failures as ``CallFailed``.
 
-Owns the client (aiohttp, whose streamed calls cost less processor time than httpx's) and its connections, and the wire format (server-sent events, both APIs' shapes, error bodies, Retry-After). No retries, no caps.
+Owns the client (aiohttp, whose streamed calls cost less processor time than httpx's) and its connections, and the wire format
+(server-sent events, both APIs' shapes, error bodies, Retry-After). No retries, no caps.
 """
 
 from __future__ import annotations
