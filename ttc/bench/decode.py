@@ -324,7 +324,8 @@ def _print(report: dict[str, Any]) -> None:
     where = first["device"]
     if where == "cpu":
         where = f"{machine['processor']}, {machine['threads'] or 'half the cores'} thread(s)"
-    stdout.print(f"{first['method']}, pages of {first['page']}; {where}")
+    what = first["method"] if first["budgets"] else "vLLM without the plugin"
+    stdout.print(f"{what}, pages of {first['page']}; {where}")
 
 
 if __name__ == "__main__":
