@@ -48,7 +48,7 @@ def some_control(rng: random.Random, cap: int) -> Control:
 
 def check(engine: VLLMEngine, asked: Request, done: Completion) -> None:
     """The cap is kept to the token, the answer is there, and every trigger that was due stands whole where it was due."""
-    ids, [close] = list(done.token_ids), engine._end_ids
+    ids, [close] = list(done.token_ids), engine.spelling.end
     assert done.finish in ("stop", "length")
     assert close in ids
     assert ids.index(close) <= asked.thinking_tokens
@@ -63,8 +63,8 @@ def check(engine: VLLMEngine, asked: Request, done: Completion) -> None:
     if control.at_end or control.min_thinking or control.loop_repeats:
         return  # what came when depends on what the model would have said
     course = Course(
-        due=asked.thinking_tokens, think_close=[close], close=engine._close_ids, at=list(control.at),
-        triggers=[engine._ids(text) for text in control.triggers], relative=control.relative,
+        due=asked.thinking_tokens, think_close=[close], close=engine.spelling.close, at=list(control.at),
+        triggers=[engine.spelling.ids(text) for text in control.triggers], relative=control.relative,
     )  # fmt: skip
     for token in ids:
         while not course.forcing() and course.next_position() <= len(course.output):
@@ -120,7 +120,7 @@ def test_thinking_is_closed_when_confidence_falls(engine: VLLMEngine) -> None:
     high = Control(stop_below=1e9, stop_window=4, stop_top_k=5)
     free = finish(engine, [request(p, 0, 150, control=low) for p in problems])
     stopped = finish(engine, [request(p, 0, 150, control=high) for p in problems])
-    assert all(c.closed and c.token_ids.index(engine._end_ids[0]) <= 5 for c in stopped.values())
+    assert all(c.closed and c.token_ids.index(engine.spelling.end[0]) <= 5 for c in stopped.values())
     assert sum(c.closed for c in free.values()) < len(problems)
     assert all(PlainJudge().answer(problems[t - 1], c.text) for t, c in stopped.items())
 
@@ -148,7 +148,7 @@ def told_as_they_run(
 
 def check_told(engine: VLLMEngine, done: dict[int, Completion], when: int, text: str, lag: int) -> int:
     """The word took effect within ``lag`` tokens where the thought was still open; returns how many times it did."""
-    ids, [close] = engine._ids(text), engine._end_ids
+    ids, [close] = engine.spelling.ids(text), engine.spelling.end
     seen = 0
     for ticket, one in done.items():
         written = list(one.token_ids)
@@ -349,9 +349,9 @@ def test_what_no_branch_of_this_model_can_follow_is_refused(engine: VLLMEngine) 
 
 
 def test_a_model_without_a_delimiter_is_named_with_the_flag(engine: VLLMEngine) -> None:
-    kept, engine._end_ids = engine._end_ids, []
+    kept, engine.spelling.end = engine.spelling.end, []
     try:
         with pytest.raises(InputError, match="--think-close"):
             _check_control(parse("budget-forcing"), engine)
     finally:
-        engine._end_ids = kept
+        engine.spelling.end = kept

@@ -97,9 +97,9 @@ def test_five_hundred_caps_are_kept_to_the_token_and_no_answer_is_empty(engine: 
         cap = requests[ticket - 1].thinking_tokens
         assert completion.output_tokens <= cap + engine.room_tokens
         thought = completion.text.split("</think>")[0]
-        assert len(engine._ids(thought)) <= cap
+        assert len(engine.spelling.ids(thought)) <= cap
         assert judge.answer(requests[ticket - 1].problem, completion.text), completion.text
-        assert completion.forced_tokens == (len(engine._close_ids) if completion.closed else 0)
+        assert completion.forced_tokens == (len(engine.spelling.close) if completion.closed else 0)
         closed += completion.closed
     assert 100 < closed < 500, "some were made to close, some ended by themselves"
 
@@ -111,7 +111,7 @@ def test_steering_closes_a_running_thought_within_a_step(engine: VLLMEngine) -> 
     for ticket, completion in done.items():
         if ticket % 2:
             assert completion.closed
-            assert len(engine._ids(completion.text.split("</think>")[0])) <= 7
+            assert len(engine.spelling.ids(completion.text.split("</think>")[0])) <= 7
             assert completion.output_tokens <= 7 + engine.room_tokens
         else:
             assert not completion.closed, "its neighbours are not disturbed"
@@ -141,7 +141,7 @@ def test_confidence_is_measured_where_the_logits_are(engine: VLLMEngine) -> None
     assert completion.mean_logprob is not None
     assert completion.self_certainty is not None
     model = AutoModelForCausalLM.from_pretrained(engine.files.path, dtype=torch.bfloat16)
-    prompt = engine._prompt_ids(asked.problem, None)
+    prompt = engine.spelling.prompt(asked.problem, None)
     ids = torch.tensor([prompt + list(completion.token_ids)])
     with torch.no_grad():
         log_probs = model(ids).logits[0].float().log_softmax(-1)
@@ -229,11 +229,11 @@ def test_a_probed_branch_answers_at_any_time_and_is_left_as_it_was(engine: VLLME
     judge = PlainJudge()
     for ticket, completion in done.items():
         assert completion.token_ids == plain[ticket].token_ids, "probes change nothing of the branch"
-        thought = len(engine._ids(completion.text.split("</think>")[0]))
+        thought = len(engine.spelling.ids(completion.text.split("</think>")[0]))
         assert [at for at, _ in heard[ticket]][:3] == [10, 20, 30]
         assert all(at <= thought for at, _ in heard[ticket])
         for at, text in heard[ticket]:
-            assert engine._ids(text)[:at] == list(completion.token_ids[:at])
+            assert engine.spelling.ids(text)[:at] == list(completion.token_ids[:at])
             assert judge.answer(asked[ticket - 1].problem, text), "never an empty answer"
         assert len(heard[ticket]) <= len(completion.forks) <= len(heard[ticket]) + 1
         assert engine.info.probe_tokens is not None

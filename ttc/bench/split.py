@@ -61,7 +61,7 @@ def main(
         kind = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         name = 0
         for problem, row in zip(problems, lengths, strict=True):
-            prompt = {"prompt_token_ids": engine._prompt_ids(problem, None)}
+            prompt = {"prompt_token_ids": engine.spelling.prompt(problem, None)}
             for length in row:
                 name += 1
                 params = vllm.SamplingParams(

@@ -49,7 +49,7 @@ class Bench:
         self.engine = VLLMEngine(model, concurrency=branches)
         self.llm: Any = self.engine._llm
         self.branches, self.tokens = branches, tokens
-        self.trigger = self.engine._ids(TRIGGER)
+        self.trigger = self.engine.spelling.ids(TRIGGER)
         self.at = [tokens * (k + 1) // (triggers + 1) for k in range(triggers)]
         if not self.at or self.at[0] <= len(self.trigger):
             raise InputError(f"bench: {tokens} tokens hold no {triggers} triggers; give more --tokens")
@@ -58,7 +58,7 @@ class Bench:
     def prompts(self, turn: int) -> list[list[int]]:
         """Prompts that no turn has in common, so that none is found in the cache (but by its own resubmission)."""
         return [
-            self.engine._ids(f"{turn} {i} ") + self.engine._ids("12 + 34 - 5 + ") * 4
+            self.engine.spelling.ids(f"{turn} {i} ") + self.engine.spelling.ids("12 + 34 - 5 + ") * 4
             for i in range(self.branches)
         ]
 
@@ -91,7 +91,9 @@ class Bench:
         return Turn(seconds, cpu, output, prompt, prompt - (after.cached_tokens - before.cached_tokens))
 
     def straight(self, prompts: list[list[int]], steered: bool) -> int:
-        never = [self.engine._tokenizer.pad_token_id or 0]  # no model samples it: a thought that never closes
+        never = [
+            self.engine.spelling.tokenizer.pad_token_id or 0
+        ]  # no model samples it: a thought that never closes
         told = (
             {"triggers": [self.trigger], "at": self.at, "think_close": never, "close": never}
             if steered

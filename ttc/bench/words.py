@@ -52,7 +52,7 @@ def tell(model: str, branches: int) -> dict[str, float]:
         words: Any = engine._words
         words.rpc = _timed(words.rpc, times)
     say = _timed(engine.insert, times) if engine.info.steerable else engine.insert
-    ids = engine._ids(TEXT)
+    ids = engine.spelling.ids(TEXT)
     told: dict[int, int] = {}
     done: dict[int, Completion] = {}
     for ticket, problem in enumerate(from_task(TASK, branches, 0)):

@@ -1,23 +1,23 @@
 """vLLM in this process: one request per branch, stepped by us, steered by ``ttc.engine.control``.
 
-Owns the prompt, the mapping between tickets and vLLM's requests, and what a branch comes to. Start-up is in ``vllm_start``, anytime
-answers in ``vllm_forks``. The traps (docs/engine.md): children of an n > 1 request can't be cancelled apart, so every branch is its
-own request; asking for log-probabilities compiles for half a minute, so confidence is measured by the processor.
+Owns the mapping between tickets and vLLM's requests, and what a branch comes to. Start-up is in ``vllm_start``, tokens in
+``vllm_spelling``, anytime answers in ``vllm_forks``. The traps (docs/engine.md): children of an n > 1 request can't be cancelled
+apart, so every branch is its own request; asking for log-probabilities compiles for half a minute, so confidence is measured by the
+processor.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.attention.settings import CONFIG_KEY, KvSetting, check_when
-from ttc.engine.course import FAR, STEERING, check_fits
+from ttc.engine.course import FAR
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
 from ttc.engine.vllm_forks import Forks, Passes, Running
+from ttc.engine.vllm_spelling import Spelling, with_delimiter
 from ttc.engine.vllm_start import (
     Stats,
     checked_page,
@@ -70,7 +70,7 @@ class VLLMEngine:
             )
         self.files: ModelFiles = load_model_files(model)
         if think_close is not None:
-            self.files = _with_delimiter(self.files, think_close)
+            self.files = with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
         self._stats = Stats()
         page_of = shortest_page(self._vllm) if short_pages and kv_page is None else kv_page
@@ -81,7 +81,7 @@ class VLLMEngine:
             self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
             extra=told | dict(engine_args or {}),
         )  # fmt: skip
-        self._tokenizer: Any = self._llm.get_tokenizer()
+        self.spelling = Spelling(self._llm.get_tokenizer(), self.files)
         config = self._llm.model_config
         # With worker processes (tensor parallel) the processor lives elsewhere: words reach it a step or two late (vllm_words).
         self._in_process = isinstance(
@@ -90,9 +90,6 @@ class VLLMEngine:
         self._draws = self._in_process and self._can_draw()
         kinds = self._vllm.sampling_params.RequestOutputKind
         self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
-        self._close_ids = self._ids(self.files.format.close_text)
-        self._lead_ids = self._ids(self.files.format.lead_text)
-        self._end_ids = self._ids(self.files.format.think_close)
         page = int(self._llm.vllm_config.cache_config.block_size)
         dense = self._why_dense()
         self._info = EngineInfo(
@@ -107,7 +104,7 @@ class VLLMEngine:
             shape=self.files.shape,
             thinking_tokens=self.files.thinking_tokens,
             signals=("mean-logprob", "self-certainty") if self._in_process else (),
-            probe_tokens=self.room_tokens if self._end_ids else None,
+            probe_tokens=self.room_tokens if self.spelling.end else None,
             probe_prefill=page,
             kv_page=page if not dense else None,
             kv_reason=dense,
@@ -121,14 +118,12 @@ class VLLMEngine:
         )
         self._running: dict[int, Running] = {}
         self._ended: list[tuple[int, Completion]] = []
-        self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
-        self._spans: dict[str, list[int]] = {}
         self._passes = Passes()
         self._looked_at: set[int] = (
             set()
         )  # tickets that must be looked at after each step: steered, or asked for probes
         self._forks = Forks(
-            self._running, self._fork, self._drop, self._text, self._passes, page, self._in_process
+            self._running, self._fork, self._drop, self.spelling.text, self._passes, page, self._in_process
         )
         self._words = Words(self._running, self._llm.collective_rpc, self.room_tokens)
 
@@ -153,46 +148,34 @@ class VLLMEngine:
             return "vLLM's attention backend here is not one that ttc's plugin extends"
         return "" if "" in served.values() else f"{self.files.name}: {next(iter(served.values()))}"
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
-
     # -- the protocol -----------------------------------------------------------------------------------------------------
     @property
     def info(self) -> EngineInfo:
         return self._info
 
-    @cached_property
+    @property
     def room_tokens(self) -> int:
-        return max(len(self._close_ids), len(self._lead_ids)) + self.files.format.answer_tokens
+        return self.spelling.room
 
     def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
-        return len(self._prompt_ids(problem, effort))
+        return len(self.spelling.prompt(problem, effort))
 
-    def _prompt_ids(self, problem: Problem, effort: float | None) -> list[int]:
-        key = (problem.id, effort, problem.text)
-        ids = self._prompts.get(key)
-        if ids is None:
-            options = {"effort": effort} if effort is not None else {}
-            ids = self._tokenizer.apply_chat_template(
-                [dict(m) for m in problem.messages],
-                tokenize=True, add_generation_prompt=True, return_dict=False, **options,
-            )  # fmt: skip
-            ids = list(ids)
-            if len(self._prompts) > 4096:
-                self._prompts.clear()
-            self._prompts[key] = ids
-        return ids
+    def check_control(self, control: Steering, thinking: int = FAR) -> None:
+        self.spelling.check_control(control, thinking)
+
+    def check_steps(self, text: str) -> None:
+        self.spelling.check_steps(text)
 
     def submit(self, ticket: int, request: Request) -> None:
         from ttc.engine.control import CONTROLS, Control
 
-        prefix = list(request.prefix_ids) or self._ids(request.prefix)
-        ids = self._prompt_ids(request.problem, request.effort) + prefix
+        prefix = list(request.prefix_ids) or self.spelling.ids(request.prefix)
+        ids = self.spelling.prompt(request.problem, request.effort) + prefix
         control = Control(
             due=request.thinking_tokens,
-            think_close=self._end_ids,
-            close=self._close_ids,
-            lead=self._lead_ids,
+            think_close=self.spelling.end,
+            close=self.spelling.close,
+            lead=self.spelling.lead,
             signals=bool(request.signals),
             key=next(_KEYS),
             seed=request.seed,
@@ -200,12 +183,12 @@ class VLLMEngine:
             temperature=request.sampling.temperature,
             top_p=request.sampling.top_p,
             top_k=max(request.sampling.top_k, 0),
-            opened=not _contains(prefix, self._end_ids),
-            **self._steering(request.control),
+            opened=self.spelling.opened(prefix),
+            **self.spelling.steering(request.control),
         )
         try:
             if request.step_text and request.step_tokens < request.thinking_tokens:
-                control.step = self._step_ids(request.step_text)
+                control.step = self.spelling.step(request.step_text)
             kv = self._kv(request)
             self._add(ticket, ids, self._params(request, self._told(control) | _kv_args(kv, control)), kv)
         except ValueError as error:  # vLLM's own validation of this one request, or ours
@@ -231,7 +214,7 @@ class VLLMEngine:
         """A greedy request that closes the thought behind ``ids`` and answers, reading the KV cache as ``parent`` does."""
         from ttc.engine.control import Control
 
-        control = Control(due=0, think_close=self._end_ids, close=self._close_ids, key=next(_KEYS))
+        control = Control(due=0, think_close=self.spelling.end, close=self.spelling.close, key=next(_KEYS))
         extra = self._told(control) | _kv_args(parent.kv, parent.control)
         params = self._sampling_params(Sampling(0.0), 0, self.room_tokens, extra)
         self._add(ticket, ids, params, parent.kv)
@@ -271,59 +254,6 @@ class VLLMEngine:
         if kv is not None:  # what was written under one setting is never read under another
             prompt["cache_salt"] = kv.salt
         self._llm.add_request(str(ticket), prompt, params)
-
-    def _steering(self, control: Steering | None) -> dict[str, Any]:
-        """A request's control in ids. Raises InputError for a trigger that this tokenizer makes nothing of."""
-        if control is None:
-            return {}
-        return {
-            "triggers": [self._trigger_ids(text) for text in control.triggers],
-            "at": list(control.at),
-            **{name: getattr(control, name) for name in STEERING},
-        }
-
-    def _trigger_ids(self, text: str) -> list[int]:
-        ids = self._spans.get(text)
-        if ids is None:
-            ids = self._ids(text)
-            if not ids:
-                raise InputError(f"trigger: {text!r} is no token of {self.files.name}'s; give some words")
-            if self._tokenizer.unk_token_id in ids:
-                raise InputError(
-                    f"trigger: {self.files.name} has no token for a part of {text!r}; use other words"
-                )
-            self._spans[text] = ids
-        return ids
-
-    def check_control(self, control: Steering, thinking: int = FAR) -> None:
-        """Raise InputError for a control that no branch of this model can follow in ``thinking`` tokens."""
-        if not self._end_ids:
-            raise InputError(
-                f"think-close: {self.files.name} has no delimiter that ends a thought, so nothing can be forced inside one;"
-                " name it with --think-close, or use a policy that does not steer"
-            )
-        triggers = self._steering(control)["triggers"]
-        check_fits(control, [len(ids) for ids in triggers], thinking)
-
-    def check_steps(self, text: str) -> None:
-        """Raise InputError for a delimiter of steps that no token of this model has in it ("": none)."""
-        if text:
-            self._step_ids(text)
-
-    def _step_ids(self, text: str) -> list[int]:
-        """Every token with ``text`` in it: behind any of them a step ends. Raises InputError if there is none."""
-        ids = self._spans.get("step " + text)
-        if ids is None:
-            size = len(self._tokenizer)
-            special = set(self._tokenizer.all_special_ids)
-            words = self._tokenizer.batch_decode([[i] for i in range(size)])
-            ids = [i for i, word in enumerate(words) if text in word and i not in special]
-            if not ids:
-                raise InputError(
-                    f"step: no single token of {self.files.name}'s has {text!r} in it; use another delimiter, or step_tokens alone"
-                )
-            self._spans["step " + text] = ids
-        return ids
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:
         most = request.thinking_tokens + self.room_tokens
@@ -447,7 +377,7 @@ class VLLMEngine:
             control.read_back()
         forced = min(control.forced, len(running.ids))
         return Completion(
-            text=self._text(running.ids),
+            text=self.spelling.text(running.ids),
             finish=finish,
             prompt_tokens=len(running.context) if running.ids else 0,
             generated_tokens=len(running.ids) - forced,
@@ -475,12 +405,6 @@ class VLLMEngine:
         skipped, scored = COUNTS.pop(running.control.key or 0, (0.0, 0.0))
         return (skipped if self._in_process else None), scored
 
-    def _text(self, ids: Sequence[int]) -> str:
-        """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
-        end = self._tokenizer.eos_token_id
-        kept = ids[:-1] if ids and ids[-1] == end else ids
-        return str(self._tokenizer.decode(list(kept), skip_special_tokens=False)) if kept else ""
-
     def steer(self, ticket: int, word: Literal["close"]) -> None:
         running = self._running.get(ticket)
         if running is not None:
@@ -492,7 +416,7 @@ class VLLMEngine:
     def insert(self, ticket: int, text: str) -> None:
         """Force ``text`` into a running branch's thought. Raises InputError for a text without a token."""
         if ticket in self._running:
-            self._say(ticket, self._trigger_ids(text))
+            self._say(ticket, self.spelling.trigger(text))
 
     def _say(self, ticket: int, word: Sequence[int] | None) -> None:
         from ttc.engine.control import say
@@ -543,16 +467,6 @@ class _Places(Mapping[int, Progress]):
         return sum(not running.parent for running in self._running.values())
 
 
-def _with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:
-    """The model's files with another closing delimiter of thought."""
-    if not think_close.strip():
-        raise InputError(
-            "think-close: an empty delimiter ends no thought; give the model's own, such as '</think>'"
-        )
-    form = replace(files.format, think_close=think_close, close_text=think_close)
-    return replace(files, format=form)
-
-
 def _kv_args(kv: KvSetting | None, control: Control) -> dict[str, Any]:
     """What tells the attention plugin of a request; opens its counter."""
     if kv is None:
@@ -561,11 +475,6 @@ def _kv_args(kv: KvSetting | None, control: Control) -> dict[str, Any]:
 
     COUNTS.setdefault(control.key or 0, [0.0, 0.0])
     return kv.extra_args(control.key)
-
-
-def _contains(ids: Sequence[int], wanted: Sequence[int]) -> bool:
-    width = len(wanted)
-    return bool(width) and any(list(ids[i : i + width]) == list(wanted) for i in range(len(ids) - width + 1))
 
 
 def _paused(output: Any, running: Running) -> bool:

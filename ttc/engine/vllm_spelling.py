@@ -1,0 +1,123 @@
+"""A model's texts in its own tokens, and back: prompts, what is forced into a chain, where a step of a search ends.
+
+Owns the tokenizer of an in-process engine, and refuses what it makes nothing of. No vLLM here, no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ttc.engine.course import FAR, STEERING, check_fits
+from ttc.engine.model import ModelFiles
+from ttc.errors import InputError
+from ttc.types import Control, Problem
+
+MOST_PROMPTS = 4096
+"""Prompts that are remembered."""
+
+
+class Spelling:
+    """How the model of ``files`` spells. ``close``: what ends a thought by force; ``lead``: what then leads to the answer; ``end``:
+    the delimiter alone ([]: it has none); ``room``: tokens that closing and answering take."""
+
+    def __init__(self, tokenizer: Any, files: ModelFiles) -> None:
+        self.tokenizer = tokenizer
+        self.name = files.name
+        self.close = self.ids(files.format.close_text)
+        self.lead = self.ids(files.format.lead_text)
+        self.end = self.ids(files.format.think_close)
+        self.room = max(len(self.close), len(self.lead)) + files.format.answer_tokens
+        self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
+        self._spans: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def prompt(self, problem: Problem, effort: float | None) -> list[int]:
+        key = (problem.id, effort, problem.text)
+        ids = self._prompts.get(key)
+        if ids is None:
+            options = {"effort": effort} if effort is not None else {}
+            ids = self.tokenizer.apply_chat_template(
+                [dict(m) for m in problem.messages],
+                tokenize=True, add_generation_prompt=True, return_dict=False, **options,
+            )  # fmt: skip
+            ids = list(ids)
+            if len(self._prompts) > MOST_PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = ids
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
+        end = self.tokenizer.eos_token_id
+        kept = ids[:-1] if ids and ids[-1] == end else ids
+        return str(self.tokenizer.decode(list(kept), skip_special_tokens=False)) if kept else ""
+
+    def opened(self, ids: Sequence[int]) -> bool:
+        """True unless ``ids`` end the thought that the prompt opens."""
+        width = len(self.end)
+        return not (width and any(list(ids[i : i + width]) == self.end for i in range(len(ids) - width + 1)))
+
+    def steering(self, control: Control | None) -> dict[str, Any]:
+        """A request's control in ids. Raises InputError for a trigger that this tokenizer makes nothing of."""
+        if control is None:
+            return {}
+        return {
+            "triggers": [self.trigger(text) for text in control.triggers],
+            "at": list(control.at),
+            **{name: getattr(control, name) for name in STEERING},
+        }
+
+    def trigger(self, text: str) -> list[int]:
+        ids = self._spans.get(text)
+        if ids is None:
+            ids = self.ids(text)
+            if not ids:
+                raise InputError(f"trigger: {text!r} is no token of {self.name}'s; give some words")
+            if self.tokenizer.unk_token_id in ids:
+                raise InputError(f"trigger: {self.name} has no token for a part of {text!r}; use other words")
+            self._spans[text] = ids
+        return ids
+
+    def step(self, text: str) -> list[int]:
+        """Every token with ``text`` in it: behind any of them a step ends. Raises InputError if there is none."""
+        ids = self._spans.get("step " + text)
+        if ids is None:
+            size = len(self.tokenizer)
+            special = set(self.tokenizer.all_special_ids)
+            words = self.tokenizer.batch_decode([[i] for i in range(size)])
+            ids = [i for i, word in enumerate(words) if text in word and i not in special]
+            if not ids:
+                raise InputError(
+                    f"step: no single token of {self.name}'s has {text!r} in it; use another delimiter, or step_tokens alone"
+                )
+            self._spans["step " + text] = ids
+        return ids
+
+    def check_control(self, control: Control, thinking: int = FAR) -> None:
+        """Raise InputError for a control that no branch of this model can follow in ``thinking`` tokens."""
+        if not self.end:
+            raise InputError(
+                f"think-close: {self.name} has no delimiter that ends a thought, so nothing can be forced inside one;"
+                " name it with --think-close, or use a policy that does not steer"
+            )
+        triggers = self.steering(control)["triggers"]
+        check_fits(control, [len(ids) for ids in triggers], thinking)
+
+    def check_steps(self, text: str) -> None:
+        """Raise InputError for a delimiter of steps that no token of this model has in it ("": none)."""
+        if text:
+            self.step(text)
+
+
+def with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:
+    """The model's files with another closing delimiter of thought."""
+    if not think_close.strip():
+        raise InputError(
+            "think-close: an empty delimiter ends no thought; give the model's own, such as '</think>'"
+        )
+    form = replace(files.format, think_close=think_close, close_text=think_close)
+    return replace(files, format=form)
