@@ -201,7 +201,7 @@ def test_a_cancelled_branch_is_dropped_by_the_server(engine: OpenAIEngine, serve
     )  # of the 3900 of each: the server has dropped them, busy as it may be
     assert sampled < 24 * 3900 * 0.5
     charged = sum(d.generated_tokens for d in done.values())
-    # A call that is cut is charged what came and what an event may hold more (7), at least one token and that: it may not have had any.
+    # A call that is cut is charged what came, at least one token, and what an event may hold more (7); nothing may have come.
     assert charged <= sampled + 24 * 8
 
 
