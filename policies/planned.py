@@ -67,6 +67,11 @@ class Kinetics:
                 " planner's choice, or a count of at most 4096 samples, tokens, and an effort of at most 1"
             )
 
+    @property
+    def efforts(self) -> tuple[float, ...]:
+        """The efforts of its requests (none: the run's)."""
+        return (self.effort,) if self.effort else ()
+
     def planned(self, situation: Situation) -> Kinetics:
         """This policy with the planner's choices filled in."""
         best = self._plan(situation).chosen
@@ -169,6 +174,11 @@ class Effort:
     @property
     def needs(self) -> tuple[str, ...]:
         return ("effort",)
+
+    @property
+    def efforts(self) -> tuple[float, ...]:
+        """The efforts of its requests."""
+        return self.ladder
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         votes: dict[str, float] = {}

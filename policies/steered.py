@@ -207,6 +207,11 @@ class Plain:
         steers = bool(self.least or self.loops or self.stop_below)
         return (("control",) if steers else ()) + (("reward",) if self.select == "reward" else ())
 
+    @property
+    def efforts(self) -> tuple[float, ...]:
+        """The efforts of its requests (none: the run's)."""
+        return (self.effort,) if self.effort else ()
+
     def check_room(self, room: int, thinking: int) -> None:
         """Raise InputError if ``total`` leaves nothing to think, the answer's room being ``room`` tokens, or if ``least`` is
         more than the ``thinking`` tokens that a thought may have."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import PlainJudge, make_problems
-from ttc.budget import Budget
+from ttc.budget import Budget, Unit
+from ttc.costmodel import ModelShape
 from ttc.driver import Driver
 from ttc.engine.fake import FakeEngine, Script, random_writer
 from ttc.errors import BudgetTooSmall, EngineError
@@ -29,11 +32,13 @@ from ttc.types import (
     Charge,
     Generate,
     Outcome,
+    Probing,
     Problem,
     Request,
     Result,
     Routine,
     Sampling,
+    Steer,
     Verdict,
 )
 
@@ -51,9 +56,12 @@ def make_driver(
     *,
     ledger: Ledger | None = None,
     cap: int = 100,
+    effort: float | None = None,
     **more: object,
 ) -> Driver:
-    brief = Brief(seed=0, max_thinking_tokens=cap, sampling=Sampling())
+    brief = Brief(
+        seed=0, max_thinking_tokens=cap, sampling=Sampling(), effort=effort, room_tokens=engine.room_tokens
+    )
     return Driver(
         engine, policy, budget, PlainJudge(), ledger or Ledger(), pricer_for(engine),  # type: ignore[arg-type]
         brief=brief, clock=engine.clock, **more,  # type: ignore[arg-type]
@@ -141,6 +149,95 @@ def test_never_over_budget_and_ledger_equals_engine(
         assert (sum(amounts) if scope == "run" else max(amounts)) <= budget.amount * slack
         if not p_fail and not p_hang:
             assert all(r.answer for r in results), "a hard budget is no excuse for an empty answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """Requests that differ from the run's own: each its effort, its problem's words, a text (of any alphabet) to go on from; and
+    anytime answers that are asked for anew while it runs."""
+
+    n: int = 3
+    name = "odd"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        longer = replace(problem, meta={"prompt_tokens": int(problem.meta["prompt_tokens"]) + 7})
+        texts = ("", "was it 7?", "\U0001f914\U0001f914 数")
+        requests = tuple(
+            brief.request(
+                (problem, longer)[i % 2],
+                i,
+                effort=(None, 0.25, 1.0)[i % 3],
+                prefix=texts[i % 3],
+                probe_every=4,
+            )
+            for i in range(self.n)
+        )
+        reply, told = (yield Steer(requests)), 0
+        seen: list[Branch] = []
+        while reply.running:
+            seen += reply.branches
+            told += bool(reply.probes)
+            probe = tuple(Probing(p.branch, 0, 3 + told) for p in reply.probes)
+            reply = yield Steer(probe=probe if told < 4 else ())
+        votes = tally([*seen, *reply.branches])
+        return Outcome(leader(votes, brief.seed), "samples", votes)
+
+
+class Reads:
+    """A process reward model that reads what it is given, a token for three letters."""
+
+    def __init__(self, shape: ModelShape | None) -> None:
+        self.shape = shape
+
+    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
+        return sum(length for length, _ in self.reads(problem, texts))
+
+    def reads(self, problem: Problem, texts: Sequence[str]) -> list[tuple[int, int]]:
+        return [(len(text) // 3 + 1, 0) for text in texts]
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [len(text) % 10 / 10 for text in texts]
+
+
+ANY_POLICY = (
+    "plain?effort=0.25&n=3", "plain?effort=1&n=2&cap=30", "plain?least=9&total=40&n=3", "effort?n=4", "effort?levels=0.125|0.5",
+    "greedy", "weighted-vote?n=3&weight=reward", "best-of-n?n=3&score=reward", "budget-forcing?extend=3&n=2&trigger=Wait a bit",
+    "iterative-deepening?first=5&n=2&reopen=1&select=reward", "iterative-deepening?first=3&growth=1&incremental=1",
+    "beam?n=4&width=2&tokens=7", "dvts?n=4&width=2&tokens=9", "particles?n=3&tokens=5", "particles?n=1&tokens=1&most=30",
+    "parallel-probe?n=3&every=1", "parallel-probe?n=2&every=7&stable=2", "adaptive?probe_every=5&width=2",
+    "adaptive?probe_every=3&over=iterative-deepening%3Ffirst=6", "odd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ["tokens", "eflops", "dollars"])
+@pytest.mark.parametrize("text", ANY_POLICY)
+def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
+    """Under just the least budget and above it: prompts by their own effort and beginning, steps, forks and scores."""
+    for seed in range(16):
+        rng = random.Random(f"{text} {unit} {seed}")
+        p_fail = rng.choice([0.0, 0.2])
+        engine = FakeEngine(
+            random_writer(mean_thinking=rng.uniform(1, 90), p_fail=p_fail, flaky=True), concurrency=rng.randint(1, 6),
+            steerable=rng.random() < 0.7, probes=rng.random() < 0.7 or text == "odd", effort_tokens=rng.randint(0, 3),
+        )  # fmt: skip
+        policy = Odd() if text == "odd" else parse(text)
+        problems, scope = make_problems(3, (20, 31)), rng.choice(["problem", "run"])
+        more: dict[str, Any] = {
+            "cap": rng.randint(2, 90), "effort": rng.choice([None, 0.5, 0.125]), "reward": Reads(engine.info.shape),
+        }  # fmt: skip
+        with pytest.raises(BudgetTooSmall) as caught:
+            make_driver(engine, policy, Budget(1e-30, unit, scope), **more).prepare(problems)
+        amount = caught.value.least * rng.choice([1.0, 1.0, rng.uniform(1, 3), rng.uniform(1, 60)])
+        driver = make_driver(engine, policy, Budget(amount, unit, scope), **more)
+        results = list(driver.run(problems))
+        assert driver.overrun == 0, seed
+        spent, counted = total(results), engine.counters()
+        assert spent.tokens - spent.tokens_judge == counted.output_tokens, seed
+        assert spent.tokens_prompt == counted.prompt_tokens, seed
+        amounts = [spent_in(unit, result.charge) for result in results]
+        assert (sum(amounts) if scope == "run" else max(amounts)) <= amount * (1 + 1e-9), seed
+        if not p_fail and text != "odd":
+            assert all(result.answer for result in results), seed
 
 
 @pytest.mark.parametrize("unit", ["tokens", "eflops"])

@@ -11,7 +11,7 @@ from math import ceil, floor, log10
 
 from ttc.budget import Budget, format_amount
 from ttc.engine.protocol import Engine
-from ttc.jobs import Flight, Job
+from ttc.jobs import Flight, Job, Policy
 from ttc.pricing import Pricer, spent_in
 from ttc.types import Branch, Request
 
@@ -35,7 +35,18 @@ class Cashier:
         self._costs: list[float] = [0.0, 0.0]  # the same for what they cost, in the budget's unit
 
     def least(self, job: Job) -> float:
-        return self.most(job, job.brief.request(job.problem, 0), 1)
+        return max(self.most(job, job.brief.request(job.problem, 0, effort=e), 1) for e in job.prompts)
+
+    def prompt(self, job: Job, request: Request) -> int:
+        """The most tokens that the request's own prompt has, at its effort and with what it goes on from."""
+        if request.problem is not job.problem:
+            own = self.engine.count_prompt(request.problem, request.effort)
+        else:
+            if request.effort not in job.prompts:
+                job.prompts[request.effort] = self.engine.count_prompt(job.problem, request.effort)
+            own = job.prompts[request.effort]
+        begun = len(request.prefix_ids) or len(request.prefix.encode())  # a token has a byte or more
+        return own * self.engine.info.prompt_error + begun
 
     def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
         """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included, and for a
@@ -44,18 +55,13 @@ class Cashier:
         if _pauses(request):
             thinking = min(thinking, request.step_tokens)
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
-        probes = len(flight.probes) if flight is not None else 0
-        if info.probe_tokens and request.probe_every:
-            start, every = max(request.probe_from, done, 1), request.probe_every
-            probes += max(
-                0, thinking // every + -start // every + 1
-            )  # multiples of every in [start, thinking]
+        probes = max(len(flight.probes), flight.asked) if flight is not None else 0
+        if info.probe_tokens:
+            probes += asks(request, done, thinking)
         passes = info.prompt_passes
         if passes > 1 and request.control is not None:
             passes += request.control.most_insertions
-        prompt = job.prompt_tokens + (
-            len(request.prefix_ids) or len(request.prefix)
-        )  # a token has a character or more
+        prompt = self.prompt(job, request)
         tokens, forks = thinking + self.engine.room_tokens, 0.0
         if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
             probes += 1  # one may be under way
@@ -146,6 +152,19 @@ class Cashier:
             over = self.seconds_used(job) - self.budget.amount
         if over > 1e-9 * self.budget.amount:
             self.overrun = max(self.overrun, over)
+
+
+def efforts(policy: Policy, effort: float | None) -> tuple[float | None, ...]:
+    """The efforts that a policy's requests may have: its own, else the run's."""
+    return tuple(getattr(policy, "efforts", ())) or (effort,)
+
+
+def asks(request: Request, done: int, until: int) -> int:
+    """How often the request asks for anytime answers from ``done`` to ``until`` tokens: the multiples of ``every`` there."""
+    if not request.probe_every:
+        return 0
+    start = max(request.probe_from, done, 1)
+    return max(0, until // request.probe_every + -start // request.probe_every + 1)
 
 
 def _pauses(request: Request) -> bool:

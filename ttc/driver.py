@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ttc.budget import Budget, Meter, format_amount
-from ttc.cashier import LEASE, Cashier, rounded_up
+from ttc.cashier import LEASE, Cashier, efforts, rounded_up
 from ttc.closing import Closing
 from ttc.engine.protocol import Engine, Progress, StepReport
 from ttc.errors import BudgetTooSmall, EngineError
@@ -100,13 +100,14 @@ class Driver:
         """
         info, room = self.engine.info, self.engine.room_tokens
         jobs: list[Job] = []
-        efforts = {self.base_brief.effort} | (
-            {1.0} if "effort" in getattr(self.policy, "needs", ()) else set()
-        )
         refused: dict[str, str] = {}
         least_sum = least_max = 0.0
         for order, problem in enumerate(problems):
-            prompt = max(self.engine.count_prompt(problem, effort) for effort in efforts)
+            prompts = {
+                effort: self.engine.count_prompt(problem, effort)
+                for effort in efforts(self.policy, self.base_brief.effort)
+            }
+            prompt = max(prompts.values())
             longest = info.context - prompt - room
             if longest < 1:
                 refused[problem.id] = (
@@ -121,7 +122,7 @@ class Driver:
                 budget_share=self.budget.amount / (len(problems) if self.budget.scope == "run" else 1),
             )  # fmt: skip
             account = self.run_account or Account(Meter(self.budget.amount))
-            job = Job(order, problem, brief, prompt, account)
+            job = Job(order, problem, brief, prompts, account)
             least = self.cashier.least(job)
             least_sum, least_max = least_sum + least, max(least_max, least)
             if self.run_account is not None:
@@ -345,6 +346,12 @@ class Driver:
                 -1 - job.order, 0.0
             )  # what was set aside for this problem's first answer is its own to use
         thinking = self.cashier.affordable(job, request, first)
+        if thinking is None and first and request.probe_every and not account.flights:
+            request = replace(request, probe_every=0)
+            thinking = self.cashier.affordable(job, request, first)
+            if thinking is not None:
+                why = "the budget can't pay for them"
+                self.decide(job, f"no probes of branch {request.index}", why, 0.0)
         if thinking is None and account.flights:
             if account is self.run_account and first:
                 meter.hold(-1 - job.order, self.cashier.least(job))
@@ -503,7 +510,7 @@ class Driver:
         self.decide(job, f"score {len(texts)}", work.why, price)
         kept = 0.0
         if price and not any(branch.usable for branch in job.branches):
-            longest = max(map(len, texts))  # in characters: at least its tokens
+            longest = max(len(text.encode()) for text in texts)  # at least its tokens
             kept = self.cashier.answer_after(job, job.brief.request(job.problem, 0), longest)
         if not job.account.meter.fits(price + kept):
             return Reply(remaining=remaining)

@@ -71,13 +71,13 @@ class Account:
 
 @dataclass(slots=True)
 class Job:
-    """One problem on its way. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the
+    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the
     policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its last word while branches still end."""
 
     order: int
     problem: Problem
     brief: Brief
-    prompt_tokens: int
+    prompts: dict[float | None, int]
     account: Account
     routine: Routine | None = None
     work: Generate | Steer | None = None
@@ -104,7 +104,8 @@ class Job:
 
 @dataclass(slots=True)
 class Flight:
-    """One request inside the engine."""
+    """One request inside the engine. ``asked``: the most anytime answers that were begun before it was last told when to give some (of
+    a server some may have failed, at a price)."""
 
     job: Job
     slot: int
@@ -119,6 +120,7 @@ class Flight:
     expected: float = 0.0
     closing: bool = False
     probes: list[Probe] = field(default_factory=list)
+    asked: int = 0
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ttc.cashier import asks
 from ttc.engine.protocol import InsertingEngine, Probed, ProbingEngine
 from ttc.jobs import Job
 from ttc.types import Branch, Completion, Probe, Reply, Steer
@@ -112,8 +113,12 @@ class Steering:
         if self.driver.engine.info.probe_tokens is None or not isinstance(engine, ProbingEngine):
             return
         probed = replace(flight.request, probe_from=start, probe_every=every)
+        self.driver.follow(self.driver.standing, self.driver.clock())
         until = flight.lease_end or probed.thinking_tokens
+        before = flight.asked
+        flight.asked = max(len(flight.probes), before + asks(flight.request, 0, flight.tokens))
         if not job.account.meter.hold(ticket, self.driver.cashier.most(job, probed, until, flight)):
+            flight.asked = before
             self.driver.decide(
                 job, f"no probes of branch {probed.index}", "the budget can't pay for them", 0.0
             )

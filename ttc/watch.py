@@ -76,7 +76,7 @@ class Watch:
         self.driver.follow(self.driver.standing, self.driver.clock())
         for flight in self.driver.flights.values():
             lost = Completion(
-                "", "abort", flight.job.prompt_tokens if flight.tokens else 0, flight.tokens,
+                "", "abort", self.driver.cashier.prompt(flight.job, flight.request) if flight.tokens else 0, flight.tokens,
                 weight_reads=flight.reads, error=why,
             )  # fmt: skip
             self._record(flight, lost, interrupted=True)

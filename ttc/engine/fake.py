@@ -93,6 +93,7 @@ class FakeEngine:
     concurrency: int = 8
     context: int = 4096
     prompt_tokens: int = 20
+    effort_tokens: int = 0  # that each digit of an effort takes in the prompt
     close_tokens: int = 3
     answer_room: int = 5
     steerable: bool = True
@@ -132,7 +133,13 @@ class FakeEngine:
         return self.now
 
     def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
-        return int(problem.meta.get("prompt_tokens", self.prompt_tokens))
+        told = self.effort_tokens * len(f"{effort:g}") if effort is not None else 0
+        return int(problem.meta.get("prompt_tokens", self.prompt_tokens)) + told
+
+    def _prompt(self, request: Request) -> int:
+        """The prompt as it is charged: with what the request goes on from (of a text alone each byte is a token)."""
+        begun = len(request.prefix_ids) or len(request.prefix.encode())
+        return self.count_prompt(request.problem, request.effort) + begun
 
     def submit(self, ticket: int, request: Request) -> None:
         if len(self._live) >= self.concurrency:
@@ -180,7 +187,7 @@ class FakeEngine:
             report.finished.append((ticket, self._end(ticket, "error")))
             return
         if live.output == 0:
-            self._counts["prompt_tokens"] += self.count_prompt(live.request.problem)
+            self._counts["prompt_tokens"] += self._prompt(live.request)
         self._counts["output_tokens"] += 1
         course = live.course
         while not course.forcing() and course.next_position() <= live.output:
@@ -214,7 +221,7 @@ class FakeEngine:
     def _fork(self, ticket: int, live: _Live, report: StepReport) -> None:
         """An anytime answer, at once: the least of a block is found in the cache, and it is alone in all its steps."""
         live.next_probe = (live.output // live.probe_every + 1) * live.probe_every
-        prompt, tokens = self.count_prompt(live.request.problem) + live.output, self.close_tokens + 1
+        prompt, tokens = self._prompt(live.request) + live.output, self.close_tokens + 1
         live.forks.append(Fork(prompt, max(prompt - BLOCK, 0), tokens, float(tokens)))
         self._counts["output_tokens"] += tokens
         self._counts["prompt_tokens"] += prompt
@@ -234,7 +241,7 @@ class FakeEngine:
             else f"thinking</think>{live.script.answer}"
         )
         return Completion(
-            text=text, finish=finish, prompt_tokens=self.count_prompt(live.request.problem) if live.output else 0,
+            text=text, finish=finish, prompt_tokens=self._prompt(live.request) if live.output else 0,
             generated_tokens=live.output - live.course.forced, forced_tokens=live.course.forced, weight_reads=live.reads,
             closed=live.course.closed_by_force, triggers=live.course.begun + live.course.inserted,
             token_ids=tuple(live.course.output),

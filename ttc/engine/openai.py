@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ttc.engine.course import FAR, check_fits
-from ttc.engine.http_branch import Span, Spans
+from ttc.engine.http_branch import BYTES_PER_TOKEN, Span, Spans
 from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
 from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
 from ttc.engine.http_stream import CallFailed
@@ -108,6 +108,7 @@ class OpenAIEngine:
             steerable=False,
             shape=shape or (files.shape if files is not None else None),
             prompt_passes=PROMPT_PASSES,
+            prompt_error=1 if self._server.exact else BYTES_PER_TOKEN,
             thinking_tokens=files.thinking_tokens if files is not None else 0,
             signals=("mean-logprob",),
             probe_tokens=self.room_tokens if self._server.exact and form.think_close else None,
@@ -194,7 +195,8 @@ class OpenAIEngine:
         return self._info
 
     def count_prompt(self, problem: Problem, effort: float | None = None) -> int:
-        """Exact where the server can tokenise, else an estimate (a token for every three bytes); also for a
+        """Exact where the server can tokenise, else an estimate (a token for every three bytes, so off by a factor of three at the
+        most: no token is shorter than a byte, and what a template writes has room in that, too); also for a
         prompt that the server refuses, since that is the problem's own failure and shows when it runs."""
         if not self._server.exact:
             return estimate_prompt(problem)

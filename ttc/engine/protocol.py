@@ -23,7 +23,8 @@ class EngineInfo:
 
     ``context`` is the longest sequence (prompt + output) in tokens; ``concurrency`` how many branches run at once; ``steerable``
     whether ``steer`` acts within one step; ``shape`` is None where the model's config is unknown (a remote server), and
-    FLOPs can't be charged then. ``probe_tokens`` is the most that one anytime answer costs (None: the engine can't probe; one that
+    FLOPs can't be charged then. ``prompt_error``: a prompt has at most so many times the tokens that ``count_prompt`` tells (1: it
+    is exact). ``probe_tokens`` is the most that one anytime answer costs (None: the engine can't probe; one that
     can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the branch that may have to
     compute again (None: it takes none). ``inserts``: it is an ``InsertingEngine``. ``kv_page`` is the tokens of a KV page where
     branches can decode sparsely; None: they can't, and ``kv_reason`` says why. ``identity`` names model and versions for run.json,
@@ -39,6 +40,7 @@ class EngineInfo:
     steerable: bool
     shape: ModelShape | None = None
     prompt_passes: int = 1
+    prompt_error: int = 1
     thinking_tokens: int = 0
     signals: tuple[str, ...] = ()
     probe_tokens: int | None = None
