@@ -18,7 +18,7 @@ from ttc.errors import InputError
 
 if TYPE_CHECKING:
     from ttc.api import Run
-    from ttc.types import Problem, Result
+    from ttc.types import Result
 
 SPARSE_PAGE = 32
 """Tokens of a KV page under --kv-budget: vLLM's own on CPU, 128, leaves a small budget no choice."""
@@ -147,12 +147,12 @@ def solve(
     judge = load_reward(reward) if reward is not None else None
     check_reward(rule, judge, most.unit)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
-        from ttc.api import Run
+        from ttc.api import Run, fitting
 
         problems = list(loaded.problems)
         skipped = list(loaded.skipped)
         if skip_bad_rows:
-            problems, long = _without_too_long(problems, opened, effort)
+            problems, long = fitting(problems, opened, settings)
             skipped += long
         run = Run(problems, opened, settings, out=out, skipped_rows=skipped, reward=judge)
         results = _follow(run, quiet=quiet or as_json, lines=len(problems) > 1)
@@ -244,26 +244,6 @@ def _saying(what: str, say: bool) -> AbstractContextManager[Any]:
     from ttc.cli.render import stderr
 
     return stderr.status(what) if say else nullcontext()
-
-
-def _without_too_long(
-    problems: list[Problem], engine: Any, effort: float | None
-) -> tuple[list[Problem], list[str]]:
-    room = engine.info.context - engine.room_tokens - 1
-    kept, skipped = [], []
-    for problem in problems:
-        tokens = engine.count_prompt(problem, effort)
-        if tokens <= room:
-            kept.append(problem)
-        else:
-            skipped.append(
-                f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves"
-            )
-    if not kept:
-        raise InputError(
-            f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one"
-        )
-    return kept, skipped
 
 
 def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:

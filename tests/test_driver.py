@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import PlainJudge, make_problems
-from ttc.budget import Budget, Unit
+from ttc.budget import Budget, Scope, Unit
 from ttc.costmodel import ModelShape
 from ttc.driver import Driver
 from ttc.engine.fake import FakeEngine, Script, random_writer
@@ -221,7 +221,8 @@ def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
             steerable=rng.random() < 0.7, probes=rng.random() < 0.7 or text == "odd", effort_tokens=rng.randint(0, 3),
         )  # fmt: skip
         policy = Odd() if text == "odd" else parse(text)
-        problems, scope = make_problems(3, (20, 31)), rng.choice(["problem", "run"])
+        problems = make_problems(3, (20, 31))
+        scope: Scope = rng.choice(["problem", "run"])
         more: dict[str, Any] = {
             "cap": rng.randint(2, 90), "effort": rng.choice([None, 0.5, 0.125]), "reward": Reads(engine.info.shape),
         }  # fmt: skip

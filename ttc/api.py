@@ -26,6 +26,7 @@ from typing import Any
 
 from ttc.attention.settings import KvSetting
 from ttc.budget import Budget, Unit
+from ttc.cashier import efforts
 from ttc.driver import Driver
 from ttc.engine.course import FAR
 from ttc.engine.protocol import Engine, ServedEngine, SparseEngine
@@ -279,6 +280,29 @@ class Run:
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def fitting(
+    problems: Sequence[Problem], engine: Engine, settings: Settings
+) -> tuple[list[Problem], list[str]]:
+    """The problems whose prompts, as the policy sends them, leave the context room for an answer, and a line for each other. Raises
+    InputError if none does."""
+    policy, _ = settings.resolved()
+    room = engine.info.context - engine.room_tokens - 1
+    kept, skipped = [], []
+    for problem, told in zip(problems, _worded(problems, getattr(policy, "text", "")), strict=True):
+        tokens = max(engine.count_prompt(told, effort) for effort in efforts(policy, settings.effort))
+        if tokens <= room:
+            kept.append(problem)
+        else:
+            skipped.append(
+                f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves"
+            )
+    if not kept:
+        raise InputError(
+            f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one"
+        )
+    return kept, skipped
 
 
 def _in_force(engine: Engine, budget: int, method: str | None) -> tuple[float, float] | None:

@@ -132,6 +132,10 @@ class Meter:
     def fits(self, amount: float) -> bool:
         return amount <= self.available + 1e-12 * self.limit
 
+    def promised(self, ticket: int) -> float:
+        """What is held for a ticket."""
+        return self._holds.get(ticket, 0.0)
+
     def hold(self, ticket: int, amount: float) -> bool:
         """Promise ``amount`` to a ticket; False, and nothing changes, if it does not fit."""
         extra = amount - self._holds.get(ticket, 0.0)

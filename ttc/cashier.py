@@ -45,8 +45,7 @@ class Cashier:
             if request.effort not in job.prompts:
                 job.prompts[request.effort] = self.engine.count_prompt(job.problem, request.effort)
             own = job.prompts[request.effort]
-        begun = len(request.prefix_ids) or len(request.prefix.encode())  # a token has a byte or more
-        return own * self.engine.info.prompt_error + begun
+        return own * self.engine.info.prompt_error + _begun(request)
 
     def most(self, job: Job, request: Request, thinking: int, flight: Flight | None = None) -> float:
         """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included, and for a
@@ -60,7 +59,7 @@ class Cashier:
             probes += asks(request, done, thinking)
         passes = info.prompt_passes
         if passes > 1 and request.control is not None:
-            passes += request.control.most_insertions
+            passes += request.control.most_insertions(thinking)
         prompt = self.prompt(job, request)
         tokens, forks = thinking + self.engine.room_tokens, 0.0
         if info.probe_tokens and info.probe_prefill is not None and (probes or request.probe_every):
@@ -79,8 +78,20 @@ class Cashier:
 
     def answer_after(self, job: Job, request: Request, tokens: int) -> float:
         """The least price of an answer that goes on ``tokens`` tokens behind the request's beginning."""
-        begun = request.prefix_ids + (0,) * tokens
+        begun = (0,) * (_begun(request) + tokens)
         return self.most(job, replace(request, prefix_ids=begun, step_tokens=0, probe_every=0), 1)
+
+    def set_aside(self, job: Job, request: Request, branch: Branch) -> None:
+        """A branch has ended: while the problem has no answer, what one costs behind the longest beginning that it has is kept, so
+        that nothing else is bought for it (what was held for the branch had that in it)."""
+        meter, own = job.account.meter, -1 - job.order
+        if branch.usable or any(each.usable for each in job.branches):
+            meter.settle(own, 0.0)
+            return
+        done = branch.completion
+        least = self.answer_after(job, request, done.output_tokens if done.partial else 0)
+        if least > meter.promised(own):
+            meter.hold(own, least)
 
     def affordable(self, job: Job, request: Request, first: bool) -> int | None:
         """The thinking cap that the budget can pay for now; None: nothing worth starting (or not yet).
@@ -165,6 +176,11 @@ def asks(request: Request, done: int, until: int) -> int:
         return 0
     start = max(request.probe_from, done, 1)
     return max(0, until // request.probe_every + -start // request.probe_every + 1)
+
+
+def _begun(request: Request) -> int:
+    """The most tokens that the request goes on from; one has a byte or more."""
+    return len(request.prefix_ids) or len(request.prefix.encode())
 
 
 def _pauses(request: Request) -> bool:

@@ -293,12 +293,13 @@ class Driver:
         ]
         for _, slot, branch in sorted(recorded, key=lambda item: item[:2]):
             job.pending = deque((s, r) for s, r in job.pending if s != slot)
-            self.arrive(job, slot, branch, replayed=True)
+            self.arrive(job, slot, branch, replayed=work.requests[slot])
             if job.work is not work:
                 return
         if job.work is work and job.pending:
             if job.account is self.run_account and job.started and not any(b.usable for b in job.branches):
                 least = self.cashier.answer_after(job, job.pending[0][1], 0)
+                least = max(least, job.account.meter.promised(-1 - job.order))
                 job.account.meter.hold(
                     -1 - job.order, least
                 )  # no other problem may spend what it answers with
@@ -341,7 +342,8 @@ class Driver:
         slot, request = job.pending[0]
         account, meter = job.account, job.account.meter
         first = not job.flights and not any(branch.usable for branch in job.branches)
-        if account is self.run_account:
+        kept = meter.promised(-1 - job.order)
+        if first:
             meter.settle(
                 -1 - job.order, 0.0
             )  # what was set aside for this problem's first answer is its own to use
@@ -353,8 +355,8 @@ class Driver:
                 why = "the budget can't pay for them"
                 self.decide(job, f"no probes of branch {request.index}", why, 0.0)
         if thinking is None and account.flights:
-            if account is self.run_account and first:
-                meter.hold(-1 - job.order, self.cashier.least(job))
+            if first:
+                meter.hold(-1 - job.order, kept)
             return False
         if thinking is None:
             self._deny(job)
@@ -439,6 +441,7 @@ class Driver:
             branch, flight.request, interrupted=self._stop and completion.finish == "abort"
         )
         self.cashier.learn(branch)
+        self.cashier.set_aside(job, flight.request, branch)
         self.arrive(job, flight.slot, branch)
 
     def branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
@@ -452,16 +455,18 @@ class Driver:
             problem.id, flight.request.index, flight.request.seed, completion, answer, vote, charge, tuple(flight.probes)
         )  # fmt: skip
 
-    def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: bool = False) -> None:
-        """A branch of the job's current work is there; replies to the policy when all are."""
+    def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
+        """A branch of the job's current work is there (``replayed``: what it was asked for in an earlier session); replies to the
+        policy when all are."""
         job.slots[slot] = branch
         job.arrived.append(branch)
         job.branches.append(branch)
         self.closing.charge(job, branch.charge)
         if branch.finish != "denied":
             self.status.samples += 1
-        if replayed:
+        if replayed is not None:
             self._pay(job, branch.charge)
+            self.cashier.set_aside(job, replayed, branch)
             self.status.replayed_tokens += branch.charge.tokens
             job.started += 1
             self.cashier.learn(branch)
@@ -508,11 +513,7 @@ class Driver:
         charge = self.pricer.reading(self.reward, job.problem, texts)
         price = spent_in(self.budget.unit, charge) if self.budget.unit != "seconds" else 0.0
         self.decide(job, f"score {len(texts)}", work.why, price)
-        kept = 0.0
-        if price and not any(branch.usable for branch in job.branches):
-            longest = max(len(text.encode()) for text in texts)  # at least its tokens
-            kept = self.cashier.answer_after(job, job.brief.request(job.problem, 0), longest)
-        if not job.account.meter.fits(price + kept):
+        if not job.account.meter.fits(price):
             return Reply(remaining=remaining)
         scores = tuple(self.reward.score(job.problem, texts))
         job.account.meter.spent += price

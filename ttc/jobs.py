@@ -71,8 +71,9 @@ class Account:
 
 @dataclass(slots=True)
 class Job:
-    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the
-    policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its last word while branches still end."""
+    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Steer`` work: ``tickets`` of running branches
+    by request index, what is ``news`` to the policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its
+    last word while branches still end."""
 
     order: int
     problem: Problem
@@ -104,8 +105,8 @@ class Job:
 
 @dataclass(slots=True)
 class Flight:
-    """One request inside the engine. ``asked``: the most anytime answers that were begun before it was last told when to give some (of
-    a server some may have failed, at a price)."""
+    """One request inside the engine. ``asked``: the most anytime answers that were begun before it was last told when to give some
+    (on a server some may have failed, at a price)."""
 
     job: Job
     slot: int

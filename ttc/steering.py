@@ -55,13 +55,14 @@ class Steering:
         if work.start:
             price = sum(self.driver.cashier.most(job, r, r.thinking_tokens) for r in work.start)
             self.driver.decide(job, f"start {len(work.start)}", work.why, price)
+            asked = {r.index: r for r in work.start}
             known = {r.index: self.driver.ledger.branch(job.problem.id, r) for r in work.start}
             slot = len(job.slots)
             job.slots.extend([None] * len(work.start))
             fresh = [(slot + i, r) for i, r in enumerate(work.start) if known[r.index] is None]
             job.pending.extend(fresh)
             for _, branch in sorted((k for k in known.values() if k is not None), key=lambda item: item[0]):
-                self.driver.arrive(job, slot, branch, replayed=True)
+                self.driver.arrive(job, slot, branch, replayed=asked[branch.index])
             if fresh:
                 self.driver.push(job)
         return self._news(job)

@@ -100,10 +100,10 @@ class Control:
     stop_window: int = 128
     stop_top_k: int = 20
 
-    @property
-    def most_insertions(self) -> int:
-        """How often something may be inserted: continuation requests, where a server can't do it itself."""
-        return len(self.at) + self.at_end + self.min_thinking
+    def most_insertions(self, thinking: int) -> int:
+        """How often something may be inserted into a thought of at most ``thinking`` tokens: continuation requests, where a server
+        can't do it itself. Every trigger takes a token or more, and one more must fit behind it."""
+        return max(min(len(self.at) + self.at_end + self.min_thinking, thinking - 1), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,9 @@ class Runner:
                 if failure.changed:
                     continue
                 self.failures += 1
-                passes = PROMPT_PASSES + (self.request.control.most_insertions if self.request.control else 0)
+                control = self.request.control
+                passes = PROMPT_PASSES
+                passes += control.most_insertions(self.request.thinking_tokens) if control is not None else 0
                 spent = branch is not None and branch.least_passes > passes
                 if not failure.again or spent or self.fork or self.failures > self.setting.max_retries:
                     raise
