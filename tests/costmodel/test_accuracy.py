@@ -23,7 +23,7 @@ POOLS = Path(__file__).resolve().parents[2] / ".." / "shared" / "pools"
 needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="recorded pools (../shared/pools) are not here")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(s=st.integers(1, 9), data=st.data())
 def test_coverage_is_the_share_of_subsets_with_a_right_answer(s: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, s)), data.draw(st.integers(1, s))
@@ -44,7 +44,7 @@ def _vote_by_enumeration(codes: list[int], draws: int) -> float:
     return total / len(subsets)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(codes=st.lists(st.integers(-1, 3), min_size=1, max_size=7), data=st.data())
 def test_votes_are_the_mean_over_subsets(codes: list[int], data: st.DataObject) -> None:
     draws = data.draw(st.integers(1, len(codes)))

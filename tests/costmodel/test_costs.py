@@ -77,7 +77,7 @@ def test_three_regimes_where_the_public_code_errs(
     assert _kv_tokens(4096, lout, budget) == budget * lout
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lin=st.integers(0, 3000),
     lout=st.integers(0, 3000),
@@ -155,7 +155,7 @@ def _loop(
     return Cost(flops, moved)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_full_is_the_sum_over_every_forward_pass(data: st.DataObject) -> None:
     s = data.draw(st.sampled_from(SHAPES))
@@ -183,7 +183,7 @@ def test_full_is_the_sum_over_every_forward_pass(data: st.DataObject) -> None:
     assert sparse == (0 if budget is None else sum(not _chosen(c, budget, block, m)[0] for c in steps))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lin=st.integers(0, 500),
     a=st.integers(1, 300),

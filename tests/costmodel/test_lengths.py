@@ -17,7 +17,7 @@ SHAPE = ModelShape.named("Qwen3-0.6B")
 MOE = ModelShape.named("Qwen3-30B-A3B")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(0, 40000), min_size=1, max_size=20), n=st.integers(1, 8))
 def test_equation_10_from_moments_is_the_mean_over_chains(lengths: list[int], n: int) -> None:
     observed = Lengths(np.array(lengths, float))
@@ -57,7 +57,7 @@ def test_a_batch_reads_the_weights_once_per_step(shape: ModelShape) -> None:
     assert ours.bytes == pytest.approx(moved)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(total=st.integers(1, 50000), first=st.integers(1, 5000), growth=st.floats(1.05, 4))
 def test_triggers_stand_at_geometric_checkpoints(total: int, first: int, growth: float) -> None:
     count, checkpoint = 0, first

@@ -55,7 +55,7 @@ def _point(
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=st.lists(st.tuples(st.floats(1, 100), st.floats(0, 1)), min_size=1, max_size=30))
 def test_the_pareto_set_is_what_nothing_beats(rows: list[tuple[float, float]]) -> None:
     points = [_point(c, a) for c, a in rows]
@@ -105,7 +105,7 @@ def test_growth_recovers_a_power_law() -> None:
     assert grown["tokens"].exponent.low <= grown["tokens"].exponent.high
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), limit=st.floats(0, 12))
 def test_the_oracle_bounds_every_honest_choice(seed: int, limit: float) -> None:
     rng = np.random.default_rng(seed)

@@ -36,7 +36,8 @@ class Script:
     """What the server does with one call. ``text`` then the end of sequence; ``thought`` is sent apart, as
     reasoning, before it; ``endless``: ``text`` over and over; ``drop_after`` / ``hang_after``: that many
     tokens, then the connection breaks, or nothing more comes; ``deaf``: max_tokens is ignored; ``whole``: no
-    stream, one JSON answer; ``slow``: it samples a token and comes to no answer, not even a status."""
+    stream, one JSON answer; ``slow``: it samples a token and comes to no answer, not even a status; ``hold``: the last token
+    comes once this is true."""
 
     text: str = ""
     thought: str = ""
@@ -52,6 +53,7 @@ class Script:
     deaf: bool = False
     whole: bool = False
     slow: bool = False
+    hold: Callable[[], bool] = lambda: True
 
 
 Model = Callable[[Call], Script]
@@ -169,6 +171,8 @@ class MockServer:
         if script.status != 200:
             _send_json(writer, script.status, {"error": {"message": script.message}}, script.headers)
             return True
+        for _ in range(8):  # whoever hung up before this call came is counted first
+            await asyncio.sleep(0)
         self.open += 1
         self.peak = max(self.peak, self.open)
         self.prompted += len(prompt)
@@ -231,6 +235,8 @@ class MockServer:
                     return False
                 if position == script.hang_after:
                     await asyncio.sleep(3600)
+                while position == len(ids) - 1 and not script.hold():
+                    await asyncio.sleep(0.002)
                 self.sampled += 1
             sent += len(part)
             last = sent >= len(ids)

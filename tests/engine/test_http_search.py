@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_problems
+from tests.engine.http_engine import until
 from tests.engine.mock_server import Call, MockServer, Script
 from tests.engine.test_http_steering import CLOSE, FORM, run
 from ttc.api import Run, Settings, _check_control
@@ -215,22 +216,24 @@ def probed(engine: OpenAIEngine, request: Request) -> tuple[list[tuple[int, str]
 
 
 def test_a_fork_under_way_is_cancelled_with_its_branch_and_charged() -> None:
+    chain = "t" * 60 + CLOSE + "7"
+
     def hanging(call: Call) -> Script:
         if CLOSE in call.prompt.rpartition("<")[2]:
             return Script("12345", hang_after=2)
-        return Script("t" * 60 + CLOSE + "7", delay_s=0.002)
+        return Script(chain, delay_s=0.002, hold=lambda: server.sampled == len(chain) + 2)
 
     with MockServer(hanging, opens="<") as server:
         engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
         try:
             probes, done = probed(engine, Request(make_problems(1)[0], 0, 0, 100, probe_every=10))
+            until(engine, lambda: server.open == 0)
         finally:
             engine.close()
         assert not probes
         assert done.text.endswith(CLOSE + "7")
         [fork] = done.forks
         assert fork.output_tokens == 1 + 6  # whole: what it has sampled unseen is not known
-        assert server.open == 0
         assert server.sampled == done.generated_tokens + 2
 
 
