@@ -221,20 +221,20 @@ def test_a_fork_under_way_is_cancelled_with_its_branch_and_charged() -> None:
     def hanging(call: Call) -> Script:
         if CLOSE in call.prompt.rpartition("<")[2]:
             return Script("12345", hang_after=2)
-        return Script(chain, delay_s=0.002, hold=lambda: server.sampled == len(chain) + 2)
+        return Script(chain, delay_s=0.002, hold=lambda: mock.sampled == len(chain) + 2)
 
-    with MockServer(hanging, opens="<") as server:
-        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+    with MockServer(hanging, opens="<") as mock:
+        engine = OpenAIEngine(mock.url, format=FORM, stream_interval=1)
         try:
             probes, done = probed(engine, Request(make_problems(1)[0], 0, 0, 100, probe_every=10))
-            until(engine, lambda: server.open == 0)
+            until(engine, lambda: mock.open == 0)
         finally:
             engine.close()
         assert not probes
         assert done.text.endswith(CLOSE + "7")
         [fork] = done.forks
         assert fork.output_tokens == 1 + 6  # whole: what it has sampled unseen is not known
-        assert server.sampled == done.generated_tokens + 2
+        assert mock.sampled == done.generated_tokens + 2
 
 
 @pytest.mark.parametrize("budget", ["60 tokens", "200 tokens", "3k tokens"])
