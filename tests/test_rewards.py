@@ -223,7 +223,7 @@ def test_a_server_that_scores_nothing_is_refused_at_the_door() -> None:
 class Letters:
     """A pooling model whose tokens are letters, with its score at a mark: the share of the row before it."""
 
-    name, shape = "letters", None
+    name, shape, at_once = "letters", None, 0
 
     def prompt(self, problem: Problem) -> list[int]:
         return [0]

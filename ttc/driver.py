@@ -29,6 +29,7 @@ from ttc.errors import BudgetTooSmall, EngineError
 from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
 from ttc.pricing import Pricer, spent_in
+from ttc.scoring import Scoring
 from ttc.steering import Steering
 from ttc.types import (
     Branch,
@@ -81,7 +82,7 @@ class Driver:
         self.clock, self.on_step = clock, on_step
         self.status = Status()
         self.closing = Closing(judge, ledger, self.cashier, self.status)
-        self.steering, self.watch = Steering(self), Watch(self, stall_seconds)
+        self.steering, self.scoring, self.watch = Steering(self), Scoring(self), Watch(self, stall_seconds)
         self.interrupted = False
         self.run_account = Account(Meter(budget.amount)) if budget.scope == "run" else None
         self.flights: dict[int, Flight] = {}
@@ -161,10 +162,14 @@ class Driver:
         try:
             while not self._stop:
                 yield from self.closing.results()
+                self.scoring.look()
                 self._fill(waiting)
                 yield from self.closing.results()
                 if self.flights:
                     self._turn()
+                elif self.scoring.open:
+                    self.scoring.look(wait_s=LOOK_SECONDS)
+                    self._step_done()
                 elif waiting or self._ready or self._parked:
                     self._unpark()
                 else:
@@ -172,8 +177,10 @@ class Driver:
             else:
                 self.interrupted = True
                 self.watch.interrupt()
+            self.scoring.close()
             yield from self.closing.results(wait=True)
         finally:  # the engine is gone, or the caller has seen enough: what has ended is kept all the same
+            self.scoring.close()
             for _ in self.closing.results(wait=True):
                 pass
 
@@ -197,8 +204,11 @@ class Driver:
         self.cashier.longest_step = max(self.cashier.longest_step * 0.98, now - before)
         self._take(report, now)
         self.watch.look(now)
+        self._step_done()
+
+    def _step_done(self) -> None:
         status = self.status
-        status.running, status.seconds = len(self.flights), now - self._begun
+        status.running, status.seconds = len(self.flights), self.clock() - self._begun
         if self.on_step is not None:
             self.on_step(status)
 
@@ -247,7 +257,7 @@ class Driver:
 
     def _open(self, job: Job) -> None:
         for charge in self.ledger.interrupted.get(job.problem.id, ()):
-            self._pay(job, charge)
+            self.pay(job, charge)
             self.closing.charge(job, charge)
             self.status.replayed_tokens += charge.tokens
         try:
@@ -266,7 +276,9 @@ class Driver:
                 self.finish(job, end.value)
                 return
             if isinstance(work, Score):
-                reply = self._score(job, work)
+                reply = self.scoring.ask(job, work)
+                if reply is None:
+                    return
                 continue
             if isinstance(work, Steer):
                 reply = self.steering.do(job, work)
@@ -368,8 +380,7 @@ class Driver:
         return True
 
     def _submit(self, job: Job, slot: int, request: Request, carried: Charge, attempts: int) -> None:
-        ticket = self._ticket = self._ticket + 1
-        now = self.clock()
+        ticket, now = self.new_ticket(), self.clock()
         lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
         flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
         flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
@@ -384,6 +395,10 @@ class Driver:
         job.started += 1
         self.flights[ticket] = flight
         self.engine.submit(ticket, request)
+
+    def new_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket
 
     def _extend(self, ticket: int, flight: Flight) -> None:
         """A lease has run out: hold the price of the next tokens, or end the thought inside what is held."""
@@ -465,7 +480,7 @@ class Driver:
         if branch.finish != "denied":
             self.status.samples += 1
         if replayed is not None:
-            self._pay(job, branch.charge)
+            self.pay(job, branch.charge)
             self.cashier.set_aside(job, replayed, branch)
             self.status.replayed_tokens += branch.charge.tokens
             job.started += 1
@@ -504,22 +519,6 @@ class Driver:
         job.work = None
         self.advance(job, Reply(branches=branches, remaining=job.account.meter.remaining))
 
-    def _score(self, job: Job, work: Score) -> Reply:
-        """Run the reward model; scores are () where there is none or the budget can't pay for it."""
-        remaining = job.account.meter.remaining
-        if self.reward is None or not work.branches:
-            return Reply(remaining=remaining)
-        texts = list(work.texts) or [b.completion.text for b in work.branches]
-        charge = self.pricer.reading(self.reward, job.problem, texts)
-        price = spent_in(self.budget.unit, charge) if self.budget.unit != "seconds" else 0.0
-        self.decide(job, f"score {len(texts)}", work.why, price)
-        if not job.account.meter.fits(price):
-            return Reply(remaining=remaining)
-        scores = tuple(self.reward.score(job.problem, texts))
-        job.account.meter.spent += price
-        self.closing.charge(job, charge)
-        return Reply(scores=scores, remaining=job.account.meter.remaining)
-
     # -- the end of a problem ----------------------------------------------------------------------------------------------
     def finish(self, job: Job, outcome: Outcome) -> None:
         if job.flights or job.pending:  # a policy that steers has had its last word: nothing of it runs on
@@ -532,6 +531,7 @@ class Driver:
         error = ""
         if outcome.answer is None:
             error = next((b.completion.error for b in job.branches if b.completion.error), "")
+        error = error or job.trouble
         stop = "budget" if job.denied and outcome.stop == "samples" else outcome.stop
         self._close(job, outcome.answer, stop, outcome.votes, error)
 
@@ -550,7 +550,7 @@ class Driver:
             self.run_account.meter.settle(-1 - job.order, 0.0)
         self.closing.close(job, answer, stop, votes, error, judged=not job.failed)
 
-    def _pay(self, job: Job, charge: Charge) -> None:
+    def pay(self, job: Job, charge: Charge) -> None:
         """Charge work that an earlier session of this run did (its seconds are over, and not charged again)."""
         if self.budget.unit != "seconds":
             job.account.meter.spent += spent_in(self.budget.unit, charge)

@@ -52,7 +52,8 @@ class Judge(Protocol):
 class RewardModel(Protocol):
     """Scores answers for best-of-n and its kin; ``tokens`` says beforehand how many tokens that will read. One that can be charged
     in eFLOPs has ``shape`` (a ``ModelShape``) and ``reads(problem, texts)``: for each sequence that scoring computes its length in
-    tokens and how many of them it knows already."""
+    tokens and how many of them it knows already. One that is ``slow``, as behind a server, is asked in other threads, ``at_once``
+    (1) at a time; so is any where the engine is behind a server."""
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int: ...
     def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]: ...
@@ -73,7 +74,7 @@ class Account:
 class Job:
     """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Steer`` work: ``tickets`` of running branches
     by request index, what is ``news`` to the policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its
-    last word while branches still end."""
+    last word while branches still end. ``trouble``: what broke on the way to its answer."""
 
     order: int
     problem: Problem
@@ -94,6 +95,7 @@ class Job:
     cancelled: bool = False
     denied: bool = False
     failed: str = ""
+    trouble: str = ""
     tickets: dict[int, int] = field(default_factory=dict)
     news: list[Branch] = field(default_factory=list)
     probed: list[Probe] = field(default_factory=list)

@@ -1,16 +1,17 @@
 """The ledger of a run: what happened, one line at a time, on disk before anyone acts on it.
 
 A run directory holds ``run.json`` (configuration, seed, versions, model, machine), ``branches.jsonl`` (one whole line per finished
-branch, flushed before its policy sees it), ``decisions.jsonl`` and ``results.jsonl``. Opening it again resumes: a torn
-last line is dropped, and a changed configuration refused. The ledger, not the seed, is the record: bf16 samples depend on the batch
-that they ran in. Knows no prices and no engine.
+branch, flushed before its policy sees it), ``scores.jsonl`` where a reward model was asked, ``decisions.jsonl``, ``results.jsonl``.
+Opening it again resumes: a torn last line is dropped, and a changed configuration refused. The ledger, not the seed, is the record:
+bf16 samples depend on the batch that they ran in. Knows no prices and no engine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -59,6 +60,7 @@ class Ledger:
     interrupted: dict[str, list[Charge]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     _recorded: dict[tuple[str, int], list[Recorded]] = field(default_factory=dict)
+    _scores: dict[tuple[str, str], deque[tuple[tuple[float, ...], Charge]]] = field(default_factory=dict)
     _files: dict[str, IO[str]] = field(default_factory=dict)
 
     @staticmethod
@@ -91,6 +93,13 @@ class Ledger:
             else:
                 key = (branch.problem_id, branch.index)
                 self._recorded.setdefault(key, []).append(Recorded(order, str(row["digest"]), branch))
+        for row in self._rows("scores"):
+            charge = _build(Charge, row["charge"])
+            if row["scores"] is None:
+                self.interrupted.setdefault(row["problem"], []).append(charge)
+            else:
+                asked = (row["problem"], row["digest"])
+                self._scores.setdefault(asked, deque()).append((tuple(row["scores"]), charge))
         for row in self._rows("results"):
             result = result_from_json(row)
             self.results[result.problem_id] = result
@@ -127,6 +136,11 @@ class Ledger:
                 return recorded.order, recorded.branch
         return None
 
+    def scores(self, problem_id: str, digest: str) -> tuple[tuple[float, ...], Charge] | None:
+        """The next scores that an earlier session had for texts of this digest, and what they cost."""
+        found = self._scores.get((problem_id, digest))
+        return found.popleft() if found else None
+
     def samples(self, problem_id: str) -> int:
         """The branches of a problem that earlier sessions wrote down."""
         return sum(len(found) for (problem, _), found in self._recorded.items() if problem == problem_id)
@@ -139,6 +153,17 @@ class Ledger:
         if request.prefix:
             row["prefix"] = request.prefix
         self._append("branches", row | ({"interrupted": True} if interrupted else {}), sync=True)
+
+    def write_scores(
+        self, problem_id: str, digest: str, scores: Sequence[float] | None, charge: Charge
+    ) -> None:
+        """What the reward model said (None: nothing, though it was paid for)."""
+        if not self._files:
+            return
+        if "scores" not in self._files and self.directory is not None:
+            self._files["scores"] = (self.directory / "scores.jsonl").open("a", encoding="utf-8")
+        row = {"problem": problem_id, "digest": digest, "scores": scores, "charge": _without_defaults(charge)}
+        self._append("scores", row, sync=True)
 
     def write_result(self, result: Result) -> None:
         if not self._files:
@@ -170,7 +195,8 @@ class Ledger:
 def branch_to_json(branch: Branch) -> dict[str, Any]:
     """One line of branches.jsonl: Branch, with its Completion and Charge flattened into objects; empty fields left out."""
     completion = _without_defaults(branch.completion)
-    completion.pop("token_ids", None)
+    if not branch.completion.partial:  # a step of a search is gone on from by its tokens
+        completion.pop("token_ids", None)
     return {
         "problem": branch.problem_id,
         "index": branch.index,
@@ -184,12 +210,14 @@ def branch_to_json(branch: Branch) -> dict[str, Any]:
 
 def branch_from_json(row: Mapping[str, Any]) -> Branch:
     try:
-        forks = tuple(Fork(*each) for each in row["completion"].get("forks", ()))
+        written = row["completion"]
+        forks = tuple(Fork(*each) for each in written.get("forks", ()))
+        ids = tuple(written.get("token_ids", ()))
         return Branch(
             problem_id=row["problem"],
             index=row["index"],
             seed=row["seed"],
-            completion=_build(Completion, {**row["completion"], "forks": forks}),
+            completion=_build(Completion, {**written, "forks": forks, "token_ids": ids}),
             answer=row["answer"],
             vote=row["vote"],
             charge=_build(Charge, row["charge"]),

@@ -95,13 +95,18 @@ def check_process(model: RewardModel, policy: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CallableReward:
-    """A function of (problem, texts) that gives a score a text. What it reads is its own affair: nothing is charged."""
+    """A function of (problem, texts) that gives a score a text. What it reads is its own affair: nothing is charged. With a true
+    attribute ``slow`` it is asked in a thread of its own."""
 
     scorer: Scorer
 
     @property
     def name(self) -> str:
         return str(getattr(self.scorer, "__qualname__", type(self.scorer).__name__))
+
+    @property
+    def slow(self) -> bool:
+        return bool(getattr(self.scorer, "slow", False))
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
         return 0
@@ -117,6 +122,9 @@ class Pooler(Protocol):
     """A pooling model: prompts and texts in its tokens, and its activated outputs. Raises EngineError where it gives none."""
 
     name: str
+    at_once: (
+        int  # requests that it takes side by side, from several threads (0: it is asked in the driver's own)
+    )
 
     @property
     def shape(self) -> ModelShape | None:
@@ -136,6 +144,7 @@ class PoolingReward:
 
     def __init__(self, pooler: Pooler, end: str = "", step: str = "") -> None:
         self.pooler, self.name, self.shape, self._step = pooler, pooler.name, pooler.shape, step
+        self.slow, self.at_once = pooler.at_once > 0, max(pooler.at_once, 1)
         self._end = pooler.text(end) if end else []
         self._prompts: dict[tuple[str, str], list[int]] = {}
         self._texts: dict[str, list[int]] = {}  # what is asked for its tokens is scored next
@@ -182,6 +191,8 @@ class PoolingReward:
 class Local:
     """A pooling model in vLLM in this process. On a GPU it shares the card's memory with the reasoner: leave it room there
     (``engine_args`` of both), or serve it."""
+
+    at_once = 0
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         from ttc import nano
@@ -240,6 +251,7 @@ class Served:
     """A pooling model on a vLLM server: /tokenize, and /classify or, for one with an output a token, /pooling."""
 
     shape: ModelShape | None = None  # the server does not tell
+    at_once = 16
 
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         import httpx

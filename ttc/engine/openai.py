@@ -83,6 +83,7 @@ class OpenAIEngine:
         self._finished: list[tuple[int, Completion]] = []
         self._moved: dict[int, Progress] = {}
         self._probed: list[Probed] = []
+        self._woken = False
         self._running: dict[int, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = Counters()
@@ -288,14 +289,20 @@ class OpenAIEngine:
         if self._loop.is_closed():
             raise EngineError("the engine is closed")
         with self._news:
-            if not (self._finished or self._probed):
+            if not (self._finished or self._probed or self._woken):
                 self._news.wait(STEP_WAIT_S)
+            self._woken = False
             report = StepReport(self._finished, self._moved, self._probed)
             self._finished, self._moved, self._probed = [], {}, []
             gone = self._setting.unreachable
             if gone and not self._running and not report.finished:
                 raise EngineError(f"{self._server.url} can't be reached any more: {gone}", retryable=True)
         return report
+
+    def wake(self) -> None:
+        with self._news:
+            self._woken = True
+            self._news.notify_all()
 
     def counters(self) -> Counters:
         """Totals over branches that have ended, by the server's usage as it was charged."""

@@ -161,6 +161,10 @@ class ServedEngine(Protocol):
         """Ask the server, once, what tokens its KV page has and whether requests can set a KV budget; ``info``, as it is then."""
         ...
 
+    def wake(self) -> None:
+        """From any thread: a ``step`` that waits for news returns."""
+        ...
+
 
 @runtime_checkable
 class InsertingEngine(Protocol):
