@@ -135,6 +135,48 @@ def test_a_preempted_row_is_forced_once(when: int, in_process: bool) -> None:
     assert row == [20, 20, 20, CLOSE, 8, 9, *[20] * (len(row) - 6)]
 
 
+@pytest.mark.parametrize("cuts", [0, 2])
+@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("delimiter", [[CLOSE], [CLOSE, 8]])
+def test_an_answer_has_a_token_also_where_its_row_is_preempted_right_behind_the_delimiter(
+    delimiter: list[int], in_process: bool, cuts: int
+) -> None:
+    from ttc.engine.control import CONTROLS, Control
+
+    batch = Batch()
+    told: dict[str, Any] = {"due": 50, "think_close": delimiter, "close": delimiter}
+    if in_process:
+        CONTROLS[7] = Control.of(told)
+        told["key"] = 7
+    batch.add()
+    batch.add(**told)
+    batch.step()
+    for token in delimiter:
+        batch.step(favourite=token)
+    row = batch.remove_last()
+    batch.step()
+    batch.add(output=row, **told)
+    for _ in range(cuts):
+        batch.step(favourite=END, cut=True)
+    batch.step(favourite=END)
+    batch.step(favourite=END)
+    CONTROLS.clear()
+    assert row[: 1 + len(delimiter)] == [20, *delimiter]
+    assert row[1 + len(delimiter)] != END
+    assert row[2 + len(delimiter)] == END
+
+
+def test_an_answer_has_a_token_also_where_its_thought_was_closed_in_the_prompt() -> None:
+    batch = Batch()
+    told: dict[str, Any] = {"due": 50, "think_close": [CLOSE], "close": [CLOSE], "opened": False}
+    bare, begun = batch.add(**told, bare=True), batch.add(**told)
+    batch.step(favourite=END, cut=True)
+    batch.step(favourite=END)
+    batch.step(favourite=END)
+    assert bare[0] != END
+    assert bare[1] == begun[0] == END
+
+
 @pytest.mark.parametrize("cuts", [1, 3])
 @pytest.mark.parametrize("kind", ["trigger", "least", "delimiter", "confidence"])
 def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> None:

@@ -222,6 +222,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.watched: list[Control] = []  # stopped on confidence
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
+        self.closed: list[Control] = []  # just closed: no end may follow
         self.decided: list[Control] = []  # by the last step's logits
         self.draws = Draws()
         self.ties = 0
@@ -271,6 +272,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             control.top_k = max(params.top_k, 0)
         control.open = not control.thought_closed()
         self._enter(control)
+        if not control.open and control.must_answer():
+            self.closed.append(control)
         if control.signals:
             self.measured.append(control)
         if control.stop_below is not None and control.open:
@@ -292,7 +295,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         control.row = -1
         if control.key is not None and _ROWS.get(control.key) is control:
             del _ROWS[control.key]
-        for members in (self.forcing, self.measured, self.watched):
+        for members in (self.forcing, self.measured, self.watched, self.closed):
             if control in members:
                 members.remove(control)
 
@@ -359,7 +362,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 self._schedule(control)
         if self.measured or self.watched or self.last is not None:
             self._measure(logits)
-        if self.thinking:
+        if self.thinking or self.closed:
             self._keep_from_ending(logits)
         if self.forcing:
             self._force(logits)
@@ -376,7 +379,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             for control in closed:
                 control.open, control.group = False, None
                 group.remove(control)
-                logits[control.row, list(control.ends)] = -math.inf
+                self.closed.append(control)
                 if control in self.watched:
                     self.watched.remove(control)
             if not group.members:
@@ -391,6 +394,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     self._guard(logits, several)
                 continue
             group.keep(logits)
+        if self.closed:  # also behind a preemption, and behind a prefill that is cut, whose logits decide nothing
+            self.closed = [c for c in self.closed if c.must_answer()]
+            for control in self.closed:
+                logits[control.row, list(control.ends)] = -math.inf
 
     def _guard(self, logits: torch.Tensor, rows: list[Control]) -> None:
         """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample

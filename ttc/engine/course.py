@@ -50,6 +50,7 @@ class Course:
     stop_top_k: int = 20
     seed: int = 0
     opened: bool = True  # False: the thought was closed before this output begins (a step of an answer)
+    bare: bool = False  # what closed it is the last that stands before this output
 
     output: list[int] = field(default_factory=list)
     span: list[int] = field(default_factory=list)  # what is being forced, from output position ``span_at``
@@ -84,6 +85,11 @@ class Course:
             if out[start : start + width] == end:
                 return True
             start += 1
+
+    def must_answer(self) -> bool:
+        """True if the thought has just been closed: an end here would leave no answer."""
+        end = self.think_close
+        return bool(end) and (self.output[-len(end) :] == end if self.output else self.bare)
 
     @property
     def forced(self) -> int:
@@ -327,7 +333,7 @@ _DECIDED = (
 
 INSTRUCTIONS = (
     "due", "think_close", "close", "lead", "triggers", "at", "relative", "at_end", "min_thinking", "loop_repeats", "stop_below",
-    "stop_window", "stop_top_k", "seed", "opened",
+    "stop_window", "stop_top_k", "seed", "opened", "bare",
 )  # fmt: skip
 """What a request may ask for."""
 STEERING = ("relative", "at_end", "min_thinking", "loop_repeats", "stop_below", "stop_window", "stop_top_k")
@@ -343,7 +349,7 @@ def _sound(name: str, value: Any) -> bool:
         return isinstance(value, list) and all(ids(v) and v for v in value)
     if name in ("think_close", "close", "lead", "at", "step"):
         return ids(value)
-    if name in ("relative", "opened", "signals"):
+    if name in ("relative", "opened", "bare", "signals"):
         return isinstance(value, bool)
     if name == "stop_below":
         return value is None or isinstance(value, (int, float))

@@ -184,6 +184,7 @@ class VLLMEngine:
             top_p=request.sampling.top_p,
             top_k=max(request.sampling.top_k, 0),
             opened=self.spelling.opened(prefix),
+            bare=bool(prefix) and prefix[-len(self.spelling.end) :] == self.spelling.end,
             **self.spelling.steering(request.control),
         )
         try:
