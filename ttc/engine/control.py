@@ -394,7 +394,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     self._guard(logits, several)
                 continue
             group.keep(logits)
-        if self.closed:  # also behind a preemption, and behind a prefill that is cut, whose logits decide nothing
+        if (
+            self.closed
+        ):  # also behind a preemption, and behind a prefill that is cut, whose logits decide nothing
             self.closed = [c for c in self.closed if c.must_answer()]
             for control in self.closed:
                 logits[control.row, list(control.ends)] = -math.inf
