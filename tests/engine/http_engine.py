@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tests import waiting
 from tests.engine.mock_server import Call, MockServer, Model, Script
 from ttc.engine.openai import OpenAIEngine
 from ttc.types import AnswerFormat, Completion, Problem, Request
@@ -28,10 +29,10 @@ def serving(
     settings: dict[str, Any] = {
         "format": FORM,
         "backoff_s": 0.001,
-        "timeout_s": 30.0,
+        "timeout_s": waiting.LIMIT_S,
         "stream_interval": 1,
     } | options
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     with MockServer(model, exact=exact, opens=opens) as server:
         engine = OpenAIEngine(f"openai:{server.url}", **settings)
         try:
@@ -39,7 +40,7 @@ def serving(
         finally:
             engine.close()
         assert not engine._running
-    assert threading.active_count() == threads
+    assert not set(threading.enumerate()) - before
 
 
 def run(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Completion]:
@@ -51,29 +52,26 @@ def run(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Completion]:
 
 def collect(engine: OpenAIEngine, tickets: Sequence[int] | range) -> list[Completion]:
     found: dict[int, Completion] = {}
-    for _ in range(600):
-        if len(found) == len(tickets):
-            return [found[t] for t in tickets]
-        found.update(engine.step().finished)
-    raise AssertionError(f"only {len(found)} of {len(tickets)} ended")
+    waiting.until(
+        lambda: all(t in found for t in tickets),
+        lambda: found.update(engine.step().finished),
+        "all have ended",
+    )
+    return [found[t] for t in tickets]
 
 
 def until(engine: OpenAIEngine, condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        engine.step()
-    raise AssertionError("it never came to that")
+    waiting.until(condition, engine.step)
 
 
 def seen(engine: OpenAIEngine, tokens: int, branches: int = 1) -> None:
     """Step until that many branches have shown that many tokens."""
     shown: set[int] = set()
-    for _ in range(600):
+
+    def step() -> None:
         shown.update(t for t, p in engine.step().progress.items() if p.tokens >= tokens)
-        if len(shown) >= branches:
-            return
-    raise AssertionError(f"only {len(shown)} branches came to {tokens} tokens")
+
+    waiting.until(lambda: len(shown) >= branches, step, f"{branches} branches have {tokens} tokens")
 
 
 def while_nothing_ends(engine: OpenAIEngine) -> None:

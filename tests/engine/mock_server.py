@@ -3,7 +3,7 @@
 As vLLM (``exact=True``) it has /tokenize, /detokenize, /v1/completions on token ids, and reports usage in
 every event; otherwise it knows chat completions only. A test gives a function from ``Call`` to ``Script``:
 what the model writes, and what goes wrong. The server keeps its own books: tokens sampled, prompts accepted,
-calls open at once, calls that the client hung up on.
+calls open at once, calls that the client hung up on. Nothing in it takes a time: what shall come late waits for a condition.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import select
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+
+from tests.waiting import LIMIT_S
 
 END = 0
 """The end-of-sequence token; all others are the character's own number."""
@@ -36,8 +39,8 @@ class Script:
     """What the server does with one call. ``text`` then the end of sequence; ``thought`` is sent apart, as
     reasoning, before it; ``endless``: ``text`` over and over; ``drop_after`` / ``hang_after``: that many
     tokens, then the connection breaks, or nothing more comes; ``deaf``: max_tokens is ignored; ``whole``: no
-    stream, one JSON answer; ``slow``: it samples a token and comes to no answer, not even a status; ``hold``: the last token
-    comes once this is true."""
+    stream, one JSON answer; ``mute``: it samples a token and comes to no answer, not even a status; ``gate``: the token at a
+    position (from 0) is sampled once this is true of it."""
 
     text: str = ""
     thought: str = ""
@@ -47,20 +50,37 @@ class Script:
     headers: Mapping[str, str] = field(default_factory=dict)
     drop_after: int | None = None
     hang_after: int | None = None
-    delay_s: float = 0.0
     usage: bool = True
     interval: int = 1
     deaf: bool = False
     whole: bool = False
-    slow: bool = False
-    hold: Callable[[], bool] = lambda: True
+    mute: bool = False
+    gate: Callable[[int], bool] = lambda position: True
 
 
 Model = Callable[[Call], Script]
 
 
+class _Reader(asyncio.StreamReader):
+    """Knows when the client has hung up, without taking anything from the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        self.gone.set()
+
+    def set_exception(self, exc: Exception) -> None:
+        super().set_exception(exc)
+        self.gone.set()
+
+
 class MockServer:
-    """Use as a context manager; ``url`` is then open. Attributes are the server's books."""
+    """Use as a context manager; ``url`` is then open. Attributes are the server's books: ``accepted`` are connections so far;
+    ``peak`` the most calls that ran at once, by what the system knows at each call's arrival of those that hung up before it;
+    a call is over before the client can have its end."""
 
     def __init__(
         self,
@@ -72,12 +92,13 @@ class MockServer:
         context: int | None = 4096,
     ) -> None:
         self.model, self.exact, self.opens, self.name, self.context = model, exact, opens, name, context
-        self.sampled = self.prompted = self.open = self.peak = self.hung_up = 0
+        self.sampled = self.prompted = self.peak = self.hung_up = self.accepted = 0
         self.calls: list[Call] = []
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._connections: set[asyncio.Task[None]] = set()
+        self._open: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> MockServer:
         self._thread.start()
@@ -88,17 +109,20 @@ class MockServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(timeout=LIMIT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     @property
-    def connections(self) -> int:
-        return len(self._connections)
+    def open(self) -> int:
+        return len(self._open)
 
     async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=512)
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(_Reader(), self._accept)
+
+        return await self._loop.create_server(protocol, "127.0.0.1", 0, backlog=512)
 
     async def _shut(self) -> None:
         self._server.close()
@@ -109,22 +133,21 @@ class MockServer:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        assert isinstance(reader, _Reader)
         self._connections.add(task)
+        self.accepted += 1
         try:
             while await self._one(reader, writer):
                 pass
-        except (asyncio.CancelledError, OSError):
+        except (asyncio.CancelledError, asyncio.IncompleteReadError, OSError):
             pass
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _one(self, reader: _Reader, writer: asyncio.StreamWriter) -> bool:
         """Serve one request; False ends the connection."""
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        except asyncio.IncompleteReadError:
-            return False
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         method, path, _ = head[0].split(" ")
         headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:])}
         raw = await reader.readexactly(int(headers.get("content-length", "0")))
@@ -161,7 +184,7 @@ class MockServer:
         return "|".join(m["content"] for m in asked) + "|" + (self.opens if written is None else written)
 
     async def _generate(
-        self, path: str, body: Mapping[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, path: str, body: Mapping[str, Any], reader: _Reader, writer: asyncio.StreamWriter
     ) -> bool:
         ids = body.get("prompt")
         prompt = "".join(chr(i) for i in ids) if ids is not None else self._render(body["messages"])
@@ -171,25 +194,34 @@ class MockServer:
         if script.status != 200:
             _send_json(writer, script.status, {"error": {"message": script.message}}, script.headers)
             return True
-        for _ in range(8):  # whoever hung up before this call came is counted first
-            await asyncio.sleep(0)
-        self.open += 1
-        self.peak = max(self.peak, self.open)
         self.prompted += len(prompt)
-        watch = asyncio.ensure_future(reader.read(1))
+        self._open.add(writer)
+        self.peak = max(self.peak, self._running())
+        gone = asyncio.ensure_future(reader.gone.wait())
         work = asyncio.ensure_future(self._write(call, script, writer))
         try:
-            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and not isinstance(work.exception(), OSError):
+                return work.result()
+            if writer in self._open:
+                self._open.discard(writer)
                 self.hung_up += 1
-                return False
-            return work.result()
+            return False
         finally:
-            self.open -= 1
-            for task in (watch, work):
+            self._open.discard(writer)
+            for task in (gone, work):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
                     await task
+
+    def _running(self) -> int:
+        """Open calls whose client has not hung up, whether or not this thread has come to notice."""
+        numbers: list[int] = [writer.get_extra_info("socket").fileno() for writer in self._open]
+        poll = select.poll()
+        for number in numbers:
+            if number >= 0:
+                poll.register(number, select.POLLRDHUP)
+        return sum(number >= 0 for number in numbers) - len(poll.poll(0))
 
     async def _write(self, call: Call, script: Script, writer: asyncio.StreamWriter) -> bool:
         """The stream of one call; False breaks the connection."""
@@ -217,9 +249,10 @@ class MockServer:
             message = {"role": "assistant", "content": script.text[:cap]}
             usage = {"prompt_tokens": len(call.prompt), "completion_tokens": len(ids)}
             choice = {"index": 0, "message": message, "finish_reason": finish}
+            self._open.discard(writer)
             _send_json(writer, 200, {"choices": [choice], "usage": usage})
             return True
-        if script.slow:
+        if script.mute:
             self.sampled += 1
             await asyncio.sleep(3600)
         writer.write(
@@ -235,14 +268,15 @@ class MockServer:
                     return False
                 if position == script.hang_after:
                     await asyncio.sleep(3600)
-                while position == len(ids) - 1 and not script.hold():
+                while not script.gate(position):
                     await asyncio.sleep(0.002)
                 self.sampled += 1
             sent += len(part)
             last = sent >= len(ids)
             _send_event(writer, self._event(call, script, sent, part, finish if last else None))
             await writer.drain()
-            await asyncio.sleep(script.delay_s)
+            await asyncio.sleep(0)
+        self._open.discard(writer)
         if script.usage:
             _send_event(writer, {"choices": [], "usage": _usage(call, sent)})
         _send_chunk(writer, b"data: [DONE]\n\n")

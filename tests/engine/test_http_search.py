@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from tests import waiting
 from tests.conftest import make_problems
 from tests.engine.http_engine import until
-from tests.engine.mock_server import Call, MockServer, Script
+from tests.engine.mock_server import Call, MockServer, Model, Script
 from tests.engine.test_http_steering import CLOSE, FORM, run
 from ttc.api import Run, Settings, _check_control
 from ttc.budget import Budget
@@ -20,7 +21,7 @@ from ttc.engine.http_branch import Span, Spans
 from ttc.engine.http_runner import Setting
 from ttc.engine.http_server import Server
 from ttc.engine.openai import OpenAIEngine
-from ttc.engine.protocol import ProbingEngine
+from ttc.engine.protocol import Probed, ProbingEngine, StepReport
 from ttc.errors import BudgetTooSmall, InputError
 from ttc.policies import parse
 from ttc.types import Completion, Problem, Request, Result, Sampling
@@ -165,54 +166,66 @@ def test_any_budget_holds_for_search_over_http(engine: OpenAIEngine, seed: int) 
 
 
 # -- anytime answers -------------------------------------------------------------------------------------------------------------
-def slow(call: Call) -> Script:
-    script = reasoner(call)
-    thinks = CLOSE not in call.prompt.rpartition("<")[2]
-    return Script(script.text, delay_s=0.004 if thinks else 0.0)
+def listening(heard: Callable[[], int]) -> Model:
+    """``reasoner``, asked for anytime answers every four tokens from the eighth on: a thought goes on once what is due is heard."""
+
+    def model(call: Call) -> Script:
+        script = reasoner(call)
+        thought = script.text.index(CLOSE) if CLOSE in script.text else 0
+        return Script(script.text, gate=lambda position: heard() >= min(position, thought) // 4 - 1)
+
+    return model
 
 
 def test_a_running_branch_says_what_it_would_answer(caplog: pytest.LogCaptureFixture) -> None:
     """The answers are those of calls of their own with the thought closed behind the branch's tokens; the branch is as it would
     have been; every token on either side of a fork is charged."""
     problem = make_problems(1)[0]
-    with caplog.at_level(logging.WARNING), MockServer(slow, opens="<") as server:
-        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+    probes: list[tuple[int, str]] = []
+    with (
+        caplog.at_level(logging.WARNING),
+        MockServer(listening(lambda: len(probes)), opens="<") as mock,
+    ):
+        engine = OpenAIEngine(mock.url, format=FORM, stream_interval=1)
         assert isinstance(engine, ProbingEngine)
         assert engine.info.probe_tokens == engine.room_tokens
         try:
-            probes, done = probed(
-                engine, Request(problem, 0, 0, 100, Sampling(0.0), probe_every=4, probe_from=5)
+            done = probed(
+                engine, Request(problem, 0, 0, 100, Sampling(0.0), probe_every=4, probe_from=5), probes
             )
             [alone] = run(engine, [Request(problem, 0, 0, 100, Sampling(0.0))])
             counters = engine.counters()
         finally:
             engine.close()
-    assert len(probes) >= 3
     assert done.text == alone.text
+    assert [tokens for tokens, _ in probes] == list(range(8, done.text.index(CLOSE) + 1, 4))
+    assert len(probes) >= 3
     for tokens, text in probes:
         thought, _, answer = text.partition(CLOSE)
-        assert tokens >= 8
         assert done.text.startswith(thought)
         assert len(thought) == tokens
         assert answer == (f"{thought.count(';')}" if thought.count(";") < 4 else "0")
-    assert len(done.forks) >= len(probes)
-    assert done.probe_tokens == sum(f.output_tokens for f in done.forks)
-    whole = [f for f in done.forks if f.output_tokens == 1 + 2]  # the closing span, the answer and its end
-    assert len(whole) == len(probes)
+    # of each fork: the closing span, the answer and its end
+    assert [f.output_tokens for f in done.forks] == [1 + 2] * len(probes)
+    assert done.probe_tokens == 3 * len(probes)
     inserted = len(done.forks) + done.forced_tokens + alone.forced_tokens
-    assert counters.output_tokens == server.sampled + inserted
-    assert counters.prompt_tokens == server.prompted
+    assert counters.output_tokens == mock.sampled + inserted
+    assert counters.prompt_tokens == mock.prompted
     assert sum("anytime answers" in record.message for record in caplog.records) == 1
 
 
-def probed(engine: OpenAIEngine, request: Request) -> tuple[list[tuple[int, str]], Completion]:
-    engine.submit(0, request)
-    probes: list[tuple[int, str]] = []
-    while True:
+def probed(engine: OpenAIEngine, request: Request, probes: list[tuple[int, str]]) -> Completion:
+    """Run a request to its end; the anytime answers come into ``probes`` as they are heard."""
+    done: list[Completion] = []
+
+    def step() -> None:
         report = engine.step()
-        probes += [(probe.tokens, probe.text) for probe in report.probes]
-        for _, completion in report.finished:
-            return probes, completion
+        probes.extend((probe.tokens, probe.text) for probe in report.probes)
+        done.extend(completion for _, completion in report.finished)
+
+    engine.submit(0, request)
+    waiting.until(lambda: bool(done), step, "the branch has ended")
+    return done[0]
 
 
 def test_a_fork_under_way_is_cancelled_with_its_branch_and_charged() -> None:
@@ -221,12 +234,13 @@ def test_a_fork_under_way_is_cancelled_with_its_branch_and_charged() -> None:
     def hanging(call: Call) -> Script:
         if CLOSE in call.prompt.rpartition("<")[2]:
             return Script("12345", hang_after=2)
-        return Script(chain, delay_s=0.002, hold=lambda: mock.sampled == len(chain) + 2)
+        return Script(chain, gate=lambda position: position < len(chain) or mock.sampled == len(chain) + 2)
 
+    probes: list[tuple[int, str]] = []
     with MockServer(hanging, opens="<") as mock:
         engine = OpenAIEngine(mock.url, format=FORM, stream_interval=1)
         try:
-            probes, done = probed(engine, Request(make_problems(1)[0], 0, 0, 100, probe_every=10))
+            done = probed(engine, Request(make_problems(1)[0], 0, 0, 100, probe_every=10), probes)
             until(engine, lambda: mock.open == 0)
         finally:
             engine.close()
@@ -238,24 +252,45 @@ def test_a_fork_under_way_is_cancelled_with_its_branch_and_charged() -> None:
 
 
 @pytest.mark.parametrize("budget", ["60 tokens", "200 tokens", "3k tokens"])
-def test_a_policy_that_probes_works_over_http_within_its_budget(budget: str) -> None:
-    with MockServer(slow, opens="<") as server:
-        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+def test_a_policy_that_probes_works_over_http_within_its_budget(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork that its branch's end cuts is charged whole, whatever the server has made of it by then."""
+    heard: list[Probed] = []
+
+    def waiting_for_the_first(call: Call) -> Script:
+        script = reasoner(call)
+        return Script(
+            script.text, gate=lambda position: CLOSE not in script.text or position < 6 or bool(heard)
+        )
+
+    with MockServer(waiting_for_the_first, opens="<") as mock:
+        engine = OpenAIEngine(mock.url, format=FORM, stream_interval=1)
+        step = engine.step
+
+        def noted() -> StepReport:
+            report = step()
+            heard.extend(report.probes)
+            return report
+
+        monkeypatch.setattr(engine, "step", noted)
         try:
-            session = Run(
-                make_problems(3), engine, Settings(policy="parallel-probe?n=4&every=5", budget=budget)
-            )
+            policy = "parallel-probe?n=4&every=5&warmup=999&stable=999"
+            session = Run(make_problems(3), engine, Settings(policy=policy, budget=budget))
             results = list(session.results())
         finally:
             engine.close()
     assert session.driver.overrun == 0
     assert all(r.answer is not None for r in results)
     generated, _, prompted = spent(results)
-    probes = [p for r in results for b in r.branches for p in b.probes]
-    assert probes
-    forked = sum(len(b.completion.forks) for r in results for b in r.branches)
-    assert prompted == server.prompted
-    assert generated + sum(r.charge.tokens_probe for r in results) - forked == server.sampled
+    branches = [b for r in results for b in r.branches]
+    assert any(b.probes for b in branches)
+    forks = [fork for b in branches for fork in b.completion.forks]
+    cut = [fork for fork in forks if fork.output_tokens == 1 + FORM.answer_tokens]
+    assert len(cut) <= len(branches)
+    assert mock.prompted <= prompted <= mock.prompted + sum(fork.prompt_tokens for fork in cut)
+    charged = generated + sum(r.charge.tokens_probe for r in results) - len(forks)
+    assert mock.sampled <= charged <= mock.sampled + FORM.answer_tokens * len(cut)
 
 
 # -- at the door -----------------------------------------------------------------------------------------------------------------

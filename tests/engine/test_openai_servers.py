@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 
 import pytest
 
@@ -15,10 +14,12 @@ from tests.engine.http_engine import (
     collect,
     request,
     run,
+    seen,
     serving,
     while_nothing_ends,
 )
 from tests.engine.mock_server import Call, MockServer, Script
+from tests.waiting import LIMIT_S, Port
 from ttc.engine.openai import OpenAIEngine
 from ttc.errors import EngineError, InputError
 
@@ -102,9 +103,15 @@ def test_a_hanging_server_is_left() -> None:
     def model(call: Call) -> Script:
         return Script("a", endless=True, hang_after=2) if call.number == 0 else answers_by("b", "c")(call)
 
-    with serving(model, timeout_s=1.0) as (engine, _):
-        (done,) = run(engine, [request()])
+    with serving(model, timeout_s=3 * LIMIT_S) as (engine, server):
+        engine.submit(0, request())
+        seen(engine, 2)
+        clock = engine._loop.time
+        engine._loop.time = lambda: clock() + 3 * LIMIT_S  # type: ignore[method-assign]
+        engine._loop.call_soon_threadsafe(lambda: None)  # so that it looks at its clock
+        (done,) = collect(engine, [0])
         assert done.text == "aab</think>c"
+        assert len(server.calls) == 2
 
 
 def test_a_server_that_goes_away_stops_the_engine() -> None:
@@ -203,11 +210,8 @@ def test_fields_that_a_server_does_not_take_are_left_out() -> None:
 
 # -- bad input -----------------------------------------------------------------------------------------------------------
 def test_no_server_is_one_line_with_the_mend() -> None:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    with pytest.raises(InputError, match="start the server") as caught:
-        OpenAIEngine(f"openai:http://127.0.0.1:{port}")
+    with Port() as port, pytest.raises(InputError, match="start the server") as caught:
+        OpenAIEngine(f"openai:{port.url}")
     assert "\n" not in str(caught.value)
 
 
