@@ -1,9 +1,9 @@
 """A scripted OpenAI-compatible server in a thread of the test: pure asyncio, one character a token.
 
-As vLLM (``exact=True``) it has /tokenize, /detokenize, /v1/completions on token ids, and reports usage in
-every event; otherwise it knows chat completions only. A test gives a function from ``Call`` to ``Script``:
-what the model writes, and what goes wrong. The server keeps its own books: tokens sampled, prompts accepted,
-calls open at once, calls that the client hung up on. Nothing in it takes a time: what shall come late waits for a condition.
+As vLLM (``exact=True``) it has /tokenize, /detokenize, /v1/completions on token ids, and reports usage in every event; otherwise it
+knows chat completions only. With ``plugin`` it says that it has ttc's (what it then does is the model's). A test gives a function
+from ``Call`` to ``Script``: what the model writes, and what goes wrong. The server keeps its own books: tokens sampled, prompts
+accepted, calls open at once, calls that the client hung up on. Nothing in it takes a time: what shall come late waits for a condition.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class MockServer:
         opens: str = "",
         name: str = "mock",
         context: int | None = 4096,
+        plugin: bool = False,
     ) -> None:
+        self.plugin = plugin
         self.model, self.exact, self.opens, self.name, self.context = model, exact, opens, name, context
         self.sampled = self.prompted = self.peak = self.hung_up = self.accepted = 0
         self.calls: list[Call] = []
@@ -186,6 +188,10 @@ class MockServer:
     async def _generate(
         self, path: str, body: Mapping[str, Any], reader: _Reader, writer: asyncio.StreamWriter
     ) -> bool:
+        if "routed_experts_prompt_start" in body:  # asked for plugins: as vLLM, it says what it finds first
+            found = "extra_args['ttc']: unknown key '?'" if self.plugin else "routed_experts_prompt_start"
+            _send_json(writer, 400, {"error": {"message": found}})
+            return True
         ids = body.get("prompt")
         prompt = "".join(chr(i) for i in ids) if ids is not None else self._render(body["messages"])
         call = Call(path, body, prompt, len(self.calls))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -63,8 +65,8 @@ def test_triggers_stand_at_their_checkpoints() -> None:
     [done], server = solve([500], asked(Control(("AB", "C"), (10, 20))))
     assert done.text == "t" * 10 + "AB" + "t" * 8 + "C" + "t" * 79 + CLOSE + "42"
     assert (done.triggers, done.forced_tokens, done.closed) == (2, 4, True)
-    assert done.generated_tokens == server.sampled - 1, "one token was spent on asking for the plugin"
-    assert done.prompt_tokens == server.prompted - 2
+    assert done.generated_tokens == server.sampled, "asking for the plugin wrote none"
+    assert done.prompt_tokens == server.prompted
 
 
 def test_ends_of_the_thought_are_replaced() -> None:
@@ -72,7 +74,7 @@ def test_ends_of_the_thought_are_replaced() -> None:
     assert done.text == "t" * 12 + "AB" + "t" * 7 + "AB" + "t" * 9 + CLOSE + "42"
     assert done.triggers == 2
     assert done.finish == "stop"
-    assert done.generated_tokens == server.sampled - 1
+    assert done.generated_tokens == server.sampled
     assert done.generated_tokens + done.forced_tokens == len(done.token_ids) + 2, (
         "two ends were sampled and replaced"
     )
@@ -108,7 +110,67 @@ def test_caps_hold_whatever_is_asked() -> None:
         assert completion.text.index(CLOSE) <= request.thinking_tokens
         assert completion.text.rpartition(CLOSE)[2], "never an empty answer"
         assert completion.output_tokens <= request.thinking_tokens + 7
-    assert sum(c.generated_tokens for c in done) == server.sampled - 1
+    assert sum(c.generated_tokens for c in done) == server.sampled
+
+
+def obedient(call: Call) -> Script:
+    """A model behind ttc's plugin that would think for ever: its thought is closed at ``due``, and it answers in the same call."""
+    told = json.loads(call.body.get("vllm_xargs", {}).get("ttc", "{}"))
+    if not told:
+        return Script("42") if CLOSE in call.prompt.rpartition("<")[2] else Script("t", endless=True)
+    assert told["close"] == told["think_close"] == [ord(CLOSE)]
+    return Script("t" * told["due"] + CLOSE + "42")
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_cap_alone_is_one_call_where_the_plugin_is(plugin: bool) -> None:
+    with MockServer(obedient, opens="<", plugin=plugin) as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+        try:
+            wants = [
+                Request(make_problems(1)[0], i, i, 5 * i + 1, signals=("mean-logprob",)) for i in range(8)
+            ]
+            done = run(engine, wants)
+        finally:
+            engine.close()
+    assert len(server.calls) == (8 if plugin else 16)
+    for want, one in zip(wants, done, strict=True):
+        assert one.text == "t" * want.thinking_tokens + CLOSE + "42"
+        assert (one.closed, one.forced_tokens, one.triggers) == (True, 1, 0)
+        assert one.generated_tokens == want.thinking_tokens + 3
+        assert one.mean_logprob == -0.5
+    assert sum(one.prompt_tokens for one in done) == server.prompted
+    forced = 8 if plugin else 0
+    assert sum(one.generated_tokens for one in done) + forced == server.sampled
+
+
+def test_a_capped_call_that_breaks_goes_on_without_the_plugin() -> None:
+    def breaking(call: Call) -> Script:
+        script = obedient(call)
+        return replace(script, drop_after=5) if call.number == 0 else script
+
+    with MockServer(breaking, opens="<", plugin=True) as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1, backoff_s=0.001)
+        try:
+            [done] = run(engine, [Request(make_problems(1)[0], 0, 0, 12)])
+        finally:
+            engine.close()
+    assert done.text == "t" * 12 + CLOSE + "42"
+    assert len(server.calls) == 3
+    assert done.output_tokens == 12 + 1 + 3
+    assert done.prompt_tokens == server.prompted
+
+
+@pytest.mark.parametrize("opens", ["", "<"])
+def test_a_thought_that_the_template_does_not_open_is_left_to_the_model(opens: str) -> None:
+    """An instruct model that answers at once would be taken for one that stops inside its thought."""
+    with MockServer(lambda call: Script("42"), opens=opens, plugin=True) as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+        try:
+            run(engine, [Request(make_problems(1)[0], 0, 0, 12)])
+        finally:
+            engine.close()
+    assert ("vllm_xargs" in server.calls[0].body) == bool(opens)
 
 
 def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

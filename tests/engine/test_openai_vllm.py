@@ -146,24 +146,44 @@ def test_what_the_server_is(engine: OpenAIEngine) -> None:
     assert "weights" in info.identity
 
 
-def test_counts_are_the_servers_own(engine: OpenAIEngine, server: str) -> None:
+def counted(done: Sequence[Completion], native: bool) -> int:
+    """The tokens that a server counts as generated: what its plugin inserts is among them, what a client writes into a prompt is
+    not."""
+    return sum(d.output_tokens if native else d.generated_tokens for d in done)
+
+
+def asked_once(engine: OpenAIEngine, native: bool) -> None:
+    """Whether the server closes thoughts at their caps by itself."""
+    assert engine._call(engine._server.learn_plugin()), "this package is installed, so vLLM loads its plugin"
+    engine._server.steers = native
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_counts_are_the_servers_own(engine: OpenAIEngine, server: str, native: bool) -> None:
     before = settled(server)
+    asked_once(engine, native)
+    assert settled(server) == before, "asking for the plugin costs nothing"
     problems = sums(8)
     done = collect(engine, [Request(p, i, i, 150, Sampling(1.0)) for p in problems for i in range(6)])
     after = settled(server)
-    assert sum(d.generated_tokens for d in done) == after["generation"] - before["generation"]
+    assert counted(done, native) == after["generation"] - before["generation"]
     assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
     assert engine.counters().output_tokens == sum(d.output_tokens for d in done)
     first = done[0]
     assert first.finish in ("stop", "length")
     assert first.text.partition("</think>")[2]
+    if native:
+        assert [d.prompt_tokens for d in done] == [engine.count_prompt(p) for p in problems for _ in range(6)]
     if not first.closed:
         assert first.prompt_tokens == engine.count_prompt(problems[0])
     assert len(first.token_ids) == first.output_tokens
 
 
 @pytest.mark.usefixtures("endless")
-def test_caps_hold_and_no_answer_is_empty(engine: OpenAIEngine, server: str) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_caps_hold_and_no_answer_is_empty(engine: OpenAIEngine, server: str, native: bool) -> None:
+    """With ttc's plugin there a cap is one request; without it a thought that is still open at its cap is answered in a second."""
+    asked_once(engine, native)
     before = settled(server)
     rng = random.Random(3)
     wants = [Request(p, i, i, rng.randint(0, 50), WILD) for p in sums(10) for i in range(6)]
@@ -173,7 +193,15 @@ def test_caps_hold_and_no_answer_is_empty(engine: OpenAIEngine, server: str) -> 
         assert one.finish in ("stop", "length")
         assert one.output_tokens <= want.thinking_tokens + engine.room_tokens
         assert one.text.partition("</think>")[2]
-    assert sum(d.generated_tokens for d in done) == settled(server)["generation"] - before["generation"]
+        if native and want.thinking_tokens:
+            assert one.prompt_tokens == engine.count_prompt(want.problem)
+    after = settled(server)
+    apart = [
+        d for d, want in zip(done, wants, strict=True) if not want.thinking_tokens
+    ]  # closed in its prompt
+    there = [d for d, want in zip(done, wants, strict=True) if want.thinking_tokens]
+    assert counted(there, native) + counted(apart, False) == after["generation"] - before["generation"]
+    assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
 
 
 @pytest.mark.usefixtures("endless")
@@ -243,8 +271,7 @@ def test_chat_messages_do_as_well(server: str, monkeypatch: pytest.MonkeyPatch) 
 def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native: bool) -> None:
     """By the server's own plugin (this package is installed, so vLLM loads it), and by continuation requests: the same triggers at
     the same places, counts that are the server's own."""
-    assert engine._call(engine._server.learn_plugin())
-    engine._server.steers = native
+    asked_once(engine, native)
     words = ("Wait, let me check.", "Wait")
     control = Control(words, (7, 30))
     wants = [Request(p, i, i, 60, Sampling(1.0), control=control) for p in sums(10) for i in range(3)]
@@ -291,6 +318,7 @@ def test_search_and_anytime_answers_are_charged_as_the_server_counts(
 ) -> None:
     """Steps and forks are calls of their own on the branch's tokens: prompt and output tokens are the server's, most of the prompts
     are found in its prefix cache, and every problem has an answer."""
+    asked_once(engine, False)
     before, cached = settled(server), metric(server, "prefix_cache_hits_total")
     problems = sums(6)
     settings = Settings(
@@ -310,13 +338,16 @@ def test_search_and_anytime_answers_are_charged_as_the_server_counts(
     probed = Settings(
         policy="parallel-probe?n=2&every=12&warmup=999", budget="20k tokens", max_thinking_tokens=1500
     )
-    results += list(Run(problems[:3], engine, probed).results())
+    asked_once(engine, True)
+    capped = list(Run(problems[:3], engine, probed).results())
+    closed = sum(r.charge.tokens_forced for r in capped)  # by the server itself, in the chain's own call
+    results += capped
     forks = [fork for result in results for branch in result.branches for fork in branch.completion.forks]
     assert sum(len(branch.probes) for result in results for branch in result.branches) > 6
     after = settled(server)
     span = len(engine._call(engine._setting.span_ids(engine.info.format.close_text)))
     inserted = span * len(forks)
-    charged = sum(r.charge.tokens_generated + r.charge.tokens_probe for r in results)
+    charged = sum(r.charge.tokens_generated + r.charge.tokens_probe for r in results) + closed
     sampled = after["generation"] - before["generation"]
     # At the end of each of the three problems' two chains a fork may be cut: it is charged whole, and its prompt, too, though it
     # may not have got there.

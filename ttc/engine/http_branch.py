@@ -117,9 +117,7 @@ class HTTPBranch:
     _last: Literal["", "stop", "length", "cut"] = ""
     _call: _Call | None = None
     _folding: bool = False
-    _logprob_sum: float = 0.0
-    _scored: int = 0
-    _last_logprob: float = 0.0
+    _logprobs: list[tuple[int, float]] = field(default_factory=list)  # with their places among ``ids``
 
     # -- what comes next ---------------------------------------------------------------------------
     def next_tokens(self) -> int:
@@ -207,6 +205,9 @@ class HTTPBranch:
             course.close, course.lead = list(self.spans.close.ids or ()), list(self.spans.lead.ids or ())
             return {"vllm_xargs": {"ttc": json.dumps(course.instructions())}}
         self.native = False  # a call that goes on behind a break: positions have moved
+        if self.request.control is None:
+            self.course = None  # a cap alone is kept by the calls' lengths
+            return {}
         guarded = course.ends_used < course.at_end or len(self.ids) < course.min_thinking
         if guarded and not course.thought_closed():
             return {"stop_token_ids": course.think_close[-1:]}
@@ -328,13 +329,11 @@ class HTTPBranch:
                 self.text += self.form.think_close or "</think>"
                 self._folding = False
             self.text += delta.text
+        self._logprobs.extend(enumerate(delta.logprobs, len(self.ids)))
         self.ids.extend(delta.ids)
         call.ids += len(delta.ids)
         if delta.text and not delta.ids:
             self.ids_known = False
-        for value in delta.logprobs:
-            self._logprob_sum, self._last_logprob = self._logprob_sum + value, value
-        self._scored += len(delta.logprobs)
         return bool(call.finish) or call.tokens <= call.max_tokens
 
     def hang_up(self) -> None:
@@ -365,10 +364,8 @@ class HTTPBranch:
             call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
         )
         self.cached_tokens += call.usage.cached if call.usage is not None else 0
-        if (
-            self._last == "stop" and call.ids and self._scored
-        ):  # the end-of-sequence token says nothing of the answer
-            self._logprob_sum, self._scored = self._logprob_sum - self._last_logprob, self._scored - 1
+        if self._last == "stop" and call.ids and self._logprobs:
+            self._logprobs.pop()  # the end-of-sequence token says nothing of the answer
 
     def _prompt_now(self, call: _Call) -> int:
         """The prompt of a call whose server counted nothing: ours, and what had been written before it."""
@@ -377,11 +374,14 @@ class HTTPBranch:
     # -- the end -----------------------------------------------------------------------------------
     def completion(self, finish: Finish, error: str = "") -> Completion:
         inserted = triggers = 0
+        logprobs = self._logprobs
         if self.course is not None:
             if self.native:
                 self.course.output[:] = self.ids
                 self.course.read_back()
                 inserted = self.course.forced
+                forced = {place for at, length in self.course.spans for place in range(at, at + length)}
+                logprobs = [(place, value) for place, value in logprobs if place not in forced]
                 self.closed_by_force = self.closed_by_force or self.course.closed_by_force
             triggers = self.course.begun
         return Completion(
@@ -395,6 +395,6 @@ class HTTPBranch:
             token_ids=tuple(self.ids) if self.ids_known else (),
             closed=self.closed_by_force,
             partial=self.partial,
-            mean_logprob=self._logprob_sum / self._scored if self._scored else None,
+            mean_logprob=sum(value for _, value in logprobs) / len(logprobs) if logprobs else None,
             error=error,
         )

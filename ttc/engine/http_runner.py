@@ -244,7 +244,7 @@ class Runner:
             prompt_opens=setting.prompt_opens,
             # A fork that is cut is charged whole: it is short, and a busy server's events may lag behind what it samples.
             unseen=room if self.fork else server.stream_interval - 1 if server.is_vllm else 0,
-            course=await self._course(thinking) if request.control is not None else None,
+            course=await (self._course(thinking) if request.control is not None else self._cap(thinking)),
             native=bool(server.steers),
             prefix_ids=request.prefix_ids,
             step_ids=await self._step_ids(),
@@ -257,13 +257,35 @@ class Runner:
         ids = await self.setting.span_ids(self.request.step_text)
         return tuple(ids) if len(ids) == 1 else ()
 
+    async def _cap(self, thinking: int) -> Course | None:
+        """What makes a server close the thought at its cap by itself, and answer in the same call; None where it can't. Only for a
+        thought that the template opens: an end of text inside one becomes its end, and a model that is not told to think would
+        never come to another."""
+        request, setting, server = self.request, self.setting, self.setting.server
+        pauses = 0 < request.step_tokens < thinking
+        if self.fork or pauses or not (server.exact and setting.prompt_opens and thinking > 0):
+            return None
+        if (request.prefix and not request.prefix_ids) or not await server.learn_plugin():
+            return None
+        course = Course(
+            due=thinking, think_close=await setting.span_ids(setting.form.think_close), seed=request.seed
+        )
+        course.output[:] = request.prefix_ids
+        closed = course.thought_closed()
+        course.output.clear()
+        return None if closed else course
+
     async def _course(self, thinking: int) -> Course:
         """The request's control in this model's tokens. Raises CallFailed also for what no server can do."""
         request, server = self.request, self.setting.server
         control = request.control
         if control is None or not server.exact:
             raise CallFailed("the server has no /tokenize, so no chain can be steered there", again=False)
-        await server.learn_plugin()
+        if not await server.learn_plugin():
+            server.say_once(
+                "ttc's plugin is not loaded there, so chains are steered by continuation requests: each trigger is a call of its"
+                " own and pays its prompt again"
+            )
         delimiter = await self.setting.span_ids(self.setting.form.think_close)
         return Course(
             due=thinking,

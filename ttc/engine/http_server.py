@@ -33,6 +33,10 @@ OPTIONAL_FIELDS = (
     "logprobs",
 )
 """Fields that a server may refuse by name (status 400 or 422) and that a call can do without."""
+_NO_CALL = {"routed_experts_prompt_start": 1 << 30}
+"""What vLLM (0.32) refuses after it has read the instructions, so that asking for plugins writes no token. Where the field is not
+known one token is written, which is in no one's budget."""
+_NO_KV_PLUGIN = "ttc's plugin is not loaded in the server; install ttc beside that vLLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +144,12 @@ class Server:
             )
 
     async def learn_plugin(self) -> bool:
-        """Whether the server executes instructions (``ttc.engine.control``): one that does refuses a wrong one
-        by name. One that does not writes a token, which is in no one's budget. Raises CallFailed."""
+        """Whether the server executes instructions (``ttc.engine.control``): one that does refuses a wrong one by name, one that
+        does not finds another fault (``_NO_CALL``). Raises CallFailed."""
         async with self._asking:
             if self.steers is None:
                 ids = await self.tokenize(text="Hi")
-                body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
+                body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True, **_NO_CALL}
                 body |= {"vllm_xargs": {"ttc": '{"?": 0}'}}
                 try:
                     await self.wire.stream("/v1/completions", body, lambda delta: True)
@@ -155,11 +159,6 @@ class Server:
                     if not self.steers and failure.status not in (400, 422):
                         self.steers = None
                         raise
-                if not self.steers:
-                    self.say_once(
-                        "ttc's plugin is not loaded there, so chains are steered by continuation requests: each "
-                        "trigger is a call of its own and pays its prompt again"
-                    )
             return self.steers
 
     async def learn_kv(self) -> tuple[int | None, str]:
@@ -171,12 +170,14 @@ class Server:
                 "the server has no /tokenize or no /v1/completions, so it is no vLLM that takes KV budgets",
             )
         ids = await self.tokenize(text="Hi")
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True}
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "stream": True, **_NO_CALL}
         body |= {"vllm_xargs": {EXTRA_ARGS_KEY: "{}"}}
         try:
             await self.wire.stream("/v1/completions", body, lambda delta: True)
-            return None, "ttc's plugin is not loaded in the server; install ttc beside that vLLM"
+            return None, _NO_KV_PLUGIN
         except CallFailed as failure:
+            if any(name in str(failure) for name in _NO_CALL):
+                return None, _NO_KV_PLUGIN
             if EXTRA_ARGS_KEY not in str(failure):
                 if failure.status not in (400, 422):
                     raise
