@@ -154,6 +154,7 @@ def counted(done: Sequence[Completion], native: bool) -> int:
 
 def asked_once(engine: OpenAIEngine, native: bool) -> None:
     """Whether the server closes thoughts at their caps by itself."""
+    engine._server.steers = None
     assert engine._call(engine._server.learn_plugin()), "this package is installed, so vLLM loads its plugin"
     engine._server.steers = native
 
