@@ -7,13 +7,14 @@ page, ascending in position.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttc.attention.compiled import selector
+from ttc.attention.compiled import Selection, selector
 
 
 class Ids(NamedTuple):
@@ -82,6 +83,14 @@ def best_pages(values: Tensor, keep: int) -> Tensor:
     return torch.cat([every[:1], order.sort().values, every[-1:]])
 
 
+def compiled(kind: str) -> ctypes.CDLL | None:
+    """The compiled selector, if this ``kind`` of selector (compiled, torch or auto) is that here."""
+    library = None if kind == "torch" else selector()
+    if library is None and kind == "compiled":
+        raise RuntimeError("the C++ page selector can't be built here")
+    return library
+
+
 def select(
     out: Tensor,
     query: Tensor,
@@ -101,22 +110,12 @@ def select(
     ``tables`` [b, >=P] page ids, ``counts`` [b] pages, ``keep`` [b, H] pages to keep: all int32. ``kind``: compiled, torch or auto;
     the compiled one knows no ``ids`` but (H, 1), which None stands for.
     """
-    function = None if kind == "torch" else selector()
-    if function is None and kind == "compiled":
-        raise RuntimeError("the C++ page selector can't be built here")
-    rows, heads, group, channels = query.shape
-    if function is not None:
-        some = mean if mean is not None else bounds
-        assert some is not None
-        assert tables.stride(1) == 1
-        assert out.is_contiguous()
-        assert keep.is_contiguous()
-        wide = query.to(torch.float32).contiguous()
-        function(
-            wide.data_ptr(), 0 if mean is None else mean.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
-            int(some.dtype == torch.float32), tables.data_ptr(), tables.stride(0), counts.data_ptr(), keep.data_ptr(),
-            rules.data_ptr(), rows, heads, group, channels, out.data_ptr(), out.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
+    library = compiled(kind)
+    heads = query.shape[1]
+    if library is not None:
+        Selection(library, tables, counts, keep, rules, out.shape[1], *query.shape[1:])(
+            out, query, mean, bounds
+        )
         return
     for b, rule in enumerate(rules.tolist()):
         if not rule:

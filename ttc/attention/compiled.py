@@ -1,4 +1,4 @@
-"""Builds and loads the C++ page selector, once for each machine; no torch headers, so it takes about two seconds.
+"""Builds, loads and calls the C++ page selector; built once for each machine, without torch headers, so it takes about two seconds.
 
 Compiled on first use with the machine's own C++ compiler (a wheel can't know the vector instructions) and kept in the user's cache
 under the digest of source and processor. None where there is no compiler: the torch selector is used, with one warning.
@@ -16,7 +16,9 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+import torch
+from torch import Tensor
 
 from ttc.attention.worth import cache_folder
 
@@ -50,23 +52,72 @@ def library_path() -> Path:
 
 
 @cache
-def selector() -> Any | None:
-    """``ttc_select`` of select.cpp, built if need be; None if it can't be built or loaded."""
+def selector() -> ctypes.CDLL | None:
+    """The functions of select.cpp, built if need be; None if they can't be built or loaded."""
     path = library_path()
     try:
         if not path.exists():
             _build(path)
-        function = ctypes.CDLL(str(path)).ttc_select
+        library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("pages are chosen in torch, which is slower: the C++ selector can't be built (%s)", error)
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [
-        pointer, pointer, pointer, number, pointer, ctypes.c_int64, pointer, pointer, pointer, number, number, number, number,
-        pointer, number, number,
-    ]  # fmt: skip
-    function.restype = None
-    return function
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.ttc_select.argtypes = [pointer, pointer, size, number, pointer, pointer, number, pointer]
+    library.ttc_fetch.argtypes = [pointer, size, pointer, number, pointer, number, number]
+    library.ttc_select.restype = library.ttc_fetch.restype = None
+    return library
+
+
+class Selection:
+    """The compiled selector, told once what the layers of a step share. Shapes as in ``choose.select``, ids (H, 1)."""
+
+    def __init__(
+        self, library: ctypes.CDLL, tables: Tensor, counts: Tensor, keep: Tensor, rules: Tensor, width: int,
+        heads: int, group: int, channels: int,
+    ) -> None:  # fmt: skip
+        assert tables.stride(1) == 1
+        assert keep.is_contiguous()
+        self.function, self.tensors = library.ttc_select, (tables, counts, keep, rules)
+        self.call = _Call(
+            tables.data_ptr(), counts.data_ptr(), keep.data_ptr(), rules.data_ptr(), tables.stride(0), len(rules), heads, group,
+            channels, width, torch.get_num_threads(),
+        )  # fmt: skip
+        self.told = ctypes.addressof(self.call)
+        self.within = (group * channels, channels, 1)  # a query's strides
+
+    def __call__(self, out: Tensor, query: Tensor, mean: Tensor | None, bounds: Tensor | None) -> None:
+        """Fill ``out`` [b * H, W] for queries [b, H, G, D]."""
+        if query.dtype not in (torch.bfloat16, torch.float32) or query.stride()[1:] != self.within:
+            query = query.to(torch.float32).contiguous()
+        some = mean if mean is not None else bounds
+        assert some is not None
+        self.function(
+            self.told, query.data_ptr(), query.stride(0), query.dtype == torch.float32,
+            None if mean is None else mean.data_ptr(), None if bounds is None else bounds.data_ptr(),
+            some.dtype == torch.float32, out.data_ptr(),
+        )  # fmt: skip
+
+
+def fetch(kv_cache: Tensor, table: Tensor, keep: Tensor, first: int) -> None:
+    """Read the pages of ``table`` [n, W] into the processor's cache; ``keep`` counts them, from its number ``first`` on."""
+    library = selector()
+    assert library is not None
+    _, _, page, both = kv_cache.shape
+    library.ttc_fetch(
+        kv_cache.data_ptr(), page * both * kv_cache.itemsize, table.data_ptr(), table.shape[1], keep.data_ptr() + 4 * first,
+        len(table), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of select.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tables", "counts", "keep", "rules")),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("rows", "heads", "group", "channels", "width", "threads")),
+    )
 
 
 def _build(path: Path) -> None:

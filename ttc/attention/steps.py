@@ -41,6 +41,7 @@ class LayerPlan:
     starts: Tensor  # [b * H + 1]
     backend: Any = None  # what the kernel wants beside: the backend's own
     narrow: Any = None  # likewise, made when a layer first needs it
+    selection: Any = None  # likewise, the compiled selector's
     frame: Any = (
         None  # where these tensors lie, if that is fixed (``fixed``): then the table is filled in place
     )
