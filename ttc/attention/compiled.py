@@ -64,8 +64,7 @@ def selector() -> ctypes.CDLL | None:
         return None
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.ttc_select.argtypes = [pointer, pointer, size, number, pointer, pointer, number, pointer]
-    library.ttc_fetch.argtypes = [pointer, size, pointer, number, pointer, number, number]
-    library.ttc_select.restype = library.ttc_fetch.restype = None
+    library.ttc_select.restype = None
     return library
 
 
@@ -97,17 +96,6 @@ class Selection:
             None if mean is None else mean.data_ptr(), None if bounds is None else bounds.data_ptr(),
             some.dtype == torch.float32, out.data_ptr(),
         )  # fmt: skip
-
-
-def fetch(kv_cache: Tensor, table: Tensor, keep: Tensor, first: int) -> None:
-    """Read the pages of ``table`` [n, W] into the processor's cache; ``keep`` counts them, from its number ``first`` on."""
-    library = selector()
-    assert library is not None
-    _, _, page, both = kv_cache.shape
-    library.ttc_fetch(
-        kv_cache.data_ptr(), page * both * kv_cache.itemsize, table.data_ptr(), table.shape[1], keep.data_ptr() + 4 * first,
-        len(table), torch.get_num_threads(),
-    )  # fmt: skip
 
 
 class _Call(ctypes.Structure):

@@ -1,17 +1,14 @@
 """The sparse backend for vLLM's CPU attention.
 
 The cache [N, H, page, 2D] is viewed as [N*H, 1, page, 2D]. The kernel's schedule depends on lengths alone, so it is made once for
-all layers of a step. The kernel waits for memory: it jumps about in a page, at 8 GB/s where reading in order makes 18. So the chosen
-pages are read once in order before, in pieces that the cache holds. Read and run against vLLM 0.32.0.
+all layers of a step. Read and run against vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -19,7 +16,7 @@ from vllm.v1.attention.backends import cpu_attn as base
 
 from ttc.attention import choose
 from ttc.attention.backend import SparseBuilder, SparseForward
-from ttc.attention.compiled import Selection, fetch, library_path, processor
+from ttc.attention.compiled import Selection, library_path, processor
 from ttc.attention.pages import PackedCache, key_order
 from ttc.attention.steps import LayerPlan, Step
 
@@ -32,22 +29,6 @@ class Rest(NamedTuple):
     lengths: Tensor
     tables: Tensor
     first: int
-
-
-class Piece(NamedTuple):
-    """The sequences [first, last) of a step's (row, KV head) pairs, which one call attends to; ``fetched``: their pages are read
-    in order before."""
-
-    first: int
-    last: int
-    schedule: Tensor
-    starts: Tensor
-    lengths: Tensor
-    fetched: bool
-
-
-FETCHED = 2 * 2**20
-"""Bytes of KV that a thread reads ahead of the kernel (measured with 1 MiB of second-level cache: 8 MiB gain nothing)."""
 
 
 class CpuBuilder(SparseBuilder, base.CPUAttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is not type-checked here
@@ -68,24 +49,9 @@ class CpuBuilder(SparseBuilder, base.CPUAttentionMetadataBuilder):  # type: igno
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"isa": self.isa, "processor": processor(), "library": library_path().stem}
 
-    def finish(self, plan: LayerPlan) -> list[Piece]:
-        sequences, each = len(plan.lengths), plan.table.shape[1] * self.page_bytes
-        fetched = choose.compiled(self.options.selector) is not None and each <= FETCHED
-        most = max(1, FETCHED * torch.get_num_threads() // each) if fetched else sequences
-        return [
-            self._piece(plan, first, min(first + most, sequences), fetched)
-            for first in range(0, sequences, most)
-        ]
-
-    def _piece(self, plan: LayerPlan, first: int, last: int, fetched: bool) -> Piece:
-        lengths, starts = plan.lengths[first:last], plan.starts[: last - first + 1]
-        schedule = self._schedule(self.num_heads // plan.keep.shape[1], 1, lengths, starts)
-        return Piece(first, last, schedule, starts, lengths, fetched)
-
-    @cached_property
-    def page_bytes(self) -> int:
-        """Of a page's part of one KV head."""
-        return 2 * self.block_size * self.head_dim * self.dtype.itemsize
+    def finish(self, plan: LayerPlan) -> Tensor:
+        heads = plan.keep.shape[1]
+        return self._schedule(self.num_heads // heads, 1, plan.lengths, plan.starts)
 
     def rest(self, metadata: Any, first: int, n: int, starts: list[int], lengths: list[int]) -> Rest:
         cut = metadata.query_start_loc[first : n + 1] - starts[first]
@@ -128,21 +94,15 @@ class CpuImpl(SparseForward, base.CPUAttentionBackendImpl):  # type: ignore[misc
         self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor, attn_metadata: Any, step: Step, plan: LayerPlan,
         table: Tensor,
     ) -> None:  # fmt: skip
-        blocks, heads, page, both = kv_cache.shape
-        group, channels = self.num_heads // heads, both // 2
-        keys, values = kv_cache.view(blocks * heads, 1, page * 2, channels).chunk(2, dim=2)
-        asked = query[: step.rows].reshape(step.rows * heads, group, channels)
-        made = output[: step.rows].view(step.rows * heads, group, channels)
-        for first, last, schedule, starts, lengths, fetched in plan.backend:
-            own = table[first:last]
-            if fetched:
-                fetch(kv_cache, own, plan.keep, first)
-            self._attend(
-                layer, asked[first:last], keys, values, made[first:last], starts, lengths, own, schedule
-            )
+        assert isinstance(self.cache, PackedCache)
+        heads, channels = self.cache.heads, self.cache.channels
+        keys, values = self.cache.by_head
+        asked = query[: step.rows].reshape(step.rows * heads, -1, channels)
+        made = output[: step.rows].view(asked.shape)
+        self._attend(layer, asked, keys, values, made, plan.starts, plan.lengths, table, plan.backend)
         if step.rest is not None:
             schedule, starts, lengths, tables, first = step.rest
-            keys, values = kv_cache.view(blocks, heads, page * 2, channels).chunk(2, dim=2)
+            keys, values = kv_cache.view(len(kv_cache), heads, -1, channels).chunk(2, dim=2)
             end = attn_metadata.num_actual_tokens
             self._attend(
                 layer, query[first:end], keys, values, output[first:end], starts, lengths, tables, schedule

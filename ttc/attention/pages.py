@@ -90,6 +90,8 @@ class PackedCache(Cache):
         super().__init__(kv_cache)
         self.ids = Ids(self.heads, 1)
         self.order = order
+        own = kv_cache.view(self.blocks * self.heads, 1, self.page * 2, self.channels)
+        self.by_head = own.chunk(2, dim=2)  # keys and values, each head's part of a page as a page
         turned = torch.arange(self.page * self.channels).view(self.channels, self.page).t().reshape(-1)
         self.transposed = torch.equal(order, turned)  # as the "vec" kernels have it
 

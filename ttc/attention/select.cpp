@@ -198,14 +198,3 @@ extern "C" void ttc_select(const Call* call, const void* q, int64_t apart, int w
   };
   wide_query ? with((const float*)q) : with((const uint16_t*)q);
 }
-
-// Reads the pages of `count` sequences once, in order, so that they are in the cache when the attention kernel jumps about in them.
-// kv: pieces of `size` bytes; out [count, width] and keep [count] as above.
-extern "C" void ttc_fetch(const char* kv, int64_t size, const int32_t* out, int width, const int32_t* keep, int count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int i = 0; i < count; i++)
-    for (int j = 0; j < keep[i]; j++) {
-      const char* piece = kv + out[(int64_t)i * width + j] * size;
-      for (int64_t at = 0; at < size; at += 64) (void)*(const volatile char*)(piece + at);
-    }
-}
