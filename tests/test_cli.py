@@ -7,22 +7,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.waiting import LIMIT_S
 from ttc import nano
+from ttc.policies import parse
+from ttc.types import Branch, Brief, Generate, Problem, Routine
 
 TTC = [sys.executable, "-m", "ttc.cli.main"]
 TASK = "rg:chain_sum?min_terms=4&max_terms=5"
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def ttc(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def ttc(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command's end; ``more`` is for its environment."""
     return subprocess.run(
-        [*TTC, *arguments], capture_output=True, text=True, env=ENV, timeout=timeout, check=False
+        [*TTC, *arguments], capture_output=True, text=True, env=ENV | more, timeout=LIMIT_S, check=False
     )
 
 
@@ -203,34 +208,65 @@ def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(tmp_
     assert (summary["problems"], summary["answered"], summary["skipped_rows"]) == (1, 1, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """Self-consistency in a process that sends itself the signal STRUCK_BY as soon as STRUCK_AT branches are in its ledger."""
+
+    n: int = 6
+    name = "struck"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        routine = parse(f"self-consistency?n={self.n}").run(problem, brief)
+        work = next(routine)
+        while True:
+            assert isinstance(work, Generate)
+            reply = yield replace(work, until=self.arrived)
+            try:
+                work = routine.send(reply)
+            except StopIteration as end:
+                return end.value
+
+    def arrived(self, done: Sequence[Branch]) -> bool:
+        ARRIVED.append(done[-1])
+        if len(ARRIVED) == int(os.environ.get("STRUCK_AT", "0")):
+            os.kill(os.getpid(), signal.Signals[os.environ["STRUCK_BY"]])
+        return False
+
+
+ARRIVED: list[Branch] = []
+STRIKES = [
+    "--task",
+    TASK,
+    "--n",
+    "60",
+    "--policy",
+    "tests.test_cli:Struck",
+    "--budget",
+    "4k tokens",
+    "--concurrency",
+    "8",
+]
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [
-        *TTC, "solve", "--task", TASK, "--n", "60", "--policy", "self-consistency?n=6", "--budget", "4k tokens", "--json",
-        "--concurrency", "8", "--out", str(out),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    command = ["solve", *STRIKES, "--json", "--out", str(out)]
+    killed = ttc(*command, STRUCK_BY="SIGKILL", STRUCK_AT="60")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     branches = out / "branches.jsonl"
-    while process.poll() is None and (not branches.exists() or branches.read_bytes().count(b"\n") < 60):
-        time.sleep(0.01)
-    assert process.poll() is None, "the run must still be going when it is killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = branches.read_bytes()
-    whole = [json.loads(line) for line in before.splitlines(keepends=True) if line.endswith(b"\n")]
+    whole = [json.loads(line) for line in branches.read_text().splitlines()]
     finished = {(r["problem"], r["index"]) for r in whole}
-    assert 60 <= len(finished) < 360
+    assert len(whole) == len(finished) == 60, "what has ended is on disk"
 
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+    done = ttc(*command)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     rows = [json.loads(line) for line in branches.read_text().splitlines()]
     keys = [(r["problem"], r["index"]) for r in rows]
     assert len(keys) == len(set(keys)) == 360, "each branch sampled once, none lost"
-    assert finished <= set(keys)
-    assert rows[: len(whole)] == whole, "what was there is untouched"
+    assert rows[:60] == whole, "what was there is untouched"
     assert summary["problems"] == summary["answered"] == 60
     results = [json.loads(line)["problem"] for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(results) == len(set(results)) == 60
@@ -240,22 +276,13 @@ def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tm
 @pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [
-        *TTC, "solve", "--task", TASK, "--n", "60", "--policy", "self-consistency?n=6", "--budget", "4k tokens", "--concurrency",
-        "8", "--out", str(out),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-    branches = out / "branches.jsonl"
-    while process.poll() is None and (not branches.exists() or branches.read_bytes().count(b"\n") < 30):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    table, said = process.communicate(timeout=120)
-    assert process.returncode == 3, said
-    assert "of 60 answered" in table
-    assert "the same command resumes" in said
-    assert "Traceback" not in said
-    for line in branches.read_text().splitlines():
-        json.loads(line)
+    done = ttc("solve", *STRIKES, "--out", str(out), STRUCK_BY="SIGINT", STRUCK_AT="30")
+    assert done.returncode == 3, done.stderr
+    assert "of 60 answered" in done.stdout
+    assert "the same command resumes" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in (out / "branches.jsonl").read_text().splitlines()]
+    assert 30 < len(rows) < 60, "those that had ended, and those that ran, cut"
 
 
 def test_a_served_nano_model_is_priced_by_its_name() -> None:
