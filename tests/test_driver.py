@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import PlainJudge, make_problems
+from tests.waiting import LIMIT_S
 from ttc.budget import Budget, Scope, Unit
 from ttc.costmodel import ModelShape
 from ttc.driver import Driver
@@ -337,7 +338,7 @@ class WaitingJudge(PlainJudge):
 
     def verdict(self, problem: Problem, answer: str | None) -> Verdict | None:
         if problem.id == "p0":
-            self.in_time &= self.gate.wait(30.0)
+            self.in_time &= self.gate.wait(LIMIT_S)
         return super().verdict(problem, answer)
 
 
@@ -362,7 +363,12 @@ def test_what_has_ended_is_in_the_ledger_even_if_the_caller_walks_away(tmp_path:
     ledger = Ledger.open(tmp_path / "run", {})
     driver = make_driver(FakeEngine(), parse("greedy"), Budget(500, "tokens"), ledger=ledger)
     driver.closing.judge = judge = WaitingJudge()
-    threading.Timer(0.2, judge.gate.set).start()
+
+    def when_all_have_run(status: Status) -> None:
+        if status.samples == 3:
+            judge.gate.set()
+
+    driver.on_step = when_all_have_run
     stream = driver.run(make_problems(3))
     next(stream)
     stream.close()  # type: ignore[attr-defined]

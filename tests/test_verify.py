@@ -7,7 +7,6 @@ import gc
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import LIMIT_S, until
 from ttc.errors import InputError, VerifierError
 from ttc.problems import from_task
 from ttc.rg_tasks import decode, encode
@@ -48,14 +48,14 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def math() -> Iterator[Math]:
-    made = Math(limit_s=20.0)
+    made = Math(limit_s=LIMIT_S)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[ReasoningGym]:
-    made = ReasoningGym(limit_s=20.0)
+    made = ReasoningGym(limit_s=LIMIT_S)
     yield made
     made.close()
 
@@ -120,7 +120,7 @@ def test_a_hostile_expression_times_out_and_the_next_answer_is_judged() -> None:
     with pytest.raises(VerifierError, match=r"no verdict within 0\.5 s"):
         made.verify(problem(), HANGS)
     assert made._sandbox.pid is None
-    made._limit_s = 20.0
+    made._limit_s = LIMIT_S
     assert made.verify(problem("x+1"), "1+x").correct
     made.close()
 
@@ -139,7 +139,7 @@ def test_other_hostile_text_is_wrong_or_an_error_never_a_hang(text: str) -> None
 @pytest.mark.parametrize("task", GYM_TASKS)
 def test_gold_is_right_and_a_perturbed_gold_is_wrong(task: str, gym: ReasoningGym) -> None:
     for seed in (1, 2**31 - 1):
-        item = gym._sandbox.call("draw", 60.0, task=f"rg:{task}", seed=seed)
+        item = gym._sandbox.call("draw", LIMIT_S, task=f"rg:{task}", seed=seed)
         posed = Problem(
             f"rg:{task}", ({"role": "user", "content": item["question"]},), item["answer"], "rg",
             {"task": f"rg:{task}", "entry": item["entry"]},
@@ -206,13 +206,12 @@ def test_a_call_that_sleeps_is_killed_by_the_wall_clock() -> None:
 
 
 def test_a_child_that_crashed_is_replaced() -> None:
-    made = Math(limit_s=20.0)
+    made = Math(limit_s=LIMIT_S)
     assert made.verify(problem("x+1"), "1+x").correct
     pid = made._sandbox.pid
     assert pid is not None
     os.kill(pid, 9)
-    while not gone(pid):
-        time.sleep(0.01)
+    until(lambda: gone(pid))
     assert made.verify(problem("x+2"), "2+x").correct
     assert made._sandbox.pid != pid
     made.close()
@@ -220,7 +219,7 @@ def test_a_child_that_crashed_is_replaced() -> None:
 
 
 def test_no_child_survives_close_or_collection() -> None:
-    made = Math(limit_s=20.0)
+    made = Math(limit_s=LIMIT_S)
     made.verify(problem("x+1"), "1+x")
     first = made._sandbox.pid
     made.close()
@@ -236,7 +235,7 @@ def test_no_child_survives_close_or_collection() -> None:
 
 def test_the_child_that_drew_the_problems_is_ready_to_score_them() -> None:
     (drawn,) = from_task("rg:chain_sum?min_terms=2&max_terms=2", 1, 0)
-    first, second = ReasoningGym(limit_s=20.0), ReasoningGym(limit_s=20.0)
+    first, second = ReasoningGym(limit_s=LIMIT_S), ReasoningGym(limit_s=LIMIT_S)
     pid = first._sandbox.pid
     assert pid is not None
     unowned = second._sandbox.pid
@@ -250,7 +249,7 @@ def test_the_child_that_drew_the_problems_is_ready_to_score_them() -> None:
     second.close()
     assert other is not None
     assert gone(other), "one waits for the next owner, the others end"
-    third = ReasoningGym(limit_s=20.0)
+    third = ReasoningGym(limit_s=LIMIT_S)
     assert third._sandbox.pid == pid
     assert first._sandbox.pid is None
     third._sandbox.close()
@@ -267,22 +266,19 @@ def test_a_script_is_not_run_again_and_its_death_ends_the_child(tmp_path: Path) 
         "print('main ran', flush=True)\n"
         "from ttc.verifiers import Math\n"
         "from ttc.types import Problem\n"
-        "judge = Math(limit_s=30.0)\n"
+        f"judge = Math(limit_s={LIMIT_S})\n"
         "judge.verify(Problem('p', ({'role': 'user', 'content': '?'},), 'x+1'), '1+x')\n"
         "maps = open(f'/proc/{judge._sandbox.pid}/maps').read()\n"
         "print('torch' in maps, judge._sandbox.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     first, second = done.stdout.splitlines()
     torch, pid = second.split()
     assert (first, torch, done.returncode) == ("main ran", "False", -9)
-    deadline = time.monotonic() + 20
-    while not gone(int(pid)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert gone(int(pid))
+    until(lambda: gone(int(pid)))
 
 
 class Moody:
@@ -340,8 +336,18 @@ def test_broken_answers_stand_alone_and_break_no_other(answers: list[str]) -> No
         assert {failure.answer for failure in groups.failures} == {a for a in answers if "!" in a}
 
 
-def test_a_hostile_vote_costs_its_time_once() -> None:
-    made = Math(limit_s=0.5)
+def test_a_hostile_vote_costs_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hostile = Math(limit_s=LIMIT_S), []
+    judged = made._sandbox.call
+
+    def call(op: str, limit_s: float, **answers: str) -> Any:
+        """Only what would never end is in a hurry."""
+        if HANGS not in answers.values():
+            return judged(op, limit_s, **answers)
+        hostile.append(answers)
+        return judged(op, 0.5, **answers)
+
+    monkeypatch.setattr(made._sandbox, "call", call)
     groups = AnswerClasses(made, problem())
     assert [groups.representative(a) for a in (HANGS, "5", "x+1", "5.0", HANGS)] == [
         HANGS,
@@ -351,6 +357,7 @@ def test_a_hostile_vote_costs_its_time_once() -> None:
         HANGS,
     ]
     assert [failure.answer for failure in groups.failures] == [HANGS]
+    assert len(hostile) == 2, "in one comparison, and in asking which of the two is to blame"
     made.close()
 
 

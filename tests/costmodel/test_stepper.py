@@ -13,7 +13,8 @@ from ttc.errors import EngineError, InputError
 
 
 class ScriptedLLM:
-    """vLLM's three verbs: prefills one sequence a step, then decodes all; remembers what every step saw."""
+    """vLLM's three verbs: prefills one sequence a step, then decodes all; remembers what every step saw. A step takes a second a
+    token of its contexts."""
 
     def __init__(self, fail: bool = False, blocks: int = 64) -> None:
         cache = SimpleNamespace(block_size=32, num_gpu_blocks=blocks)
@@ -24,6 +25,7 @@ class ScriptedLLM:
         self.told: list[Any] = []
         self.loses: int | None = None  # from this step on a sequence is missing
         self.fail = fail
+        self.now = 0.0
 
     def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
         self.waiting.append((name, len(prompt["prompt_token_ids"]), params))
@@ -40,6 +42,7 @@ class ScriptedLLM:
             state[1] -= 1
         outputs = [SimpleNamespace(request_id=name) for name in self.running]
         self.steps.append([context for context, _ in self.running.values()])
+        self.now += sum(self.steps[-1])
         if self.loses is not None and len(self.steps) > self.loses:
             outputs = outputs[1:]
         self.running = {name: state for name, state in self.running.items() if state[1] > 0}
@@ -60,20 +63,25 @@ def _stepper(llm: ScriptedLLM, repeats: int = 5, **options: Any) -> VLLMStepper:
     return VLLMStepper(engine, repeats=repeats, **options)
 
 
-def test_decode_times_full_batches_at_the_wanted_context() -> None:
-    llm = ScriptedLLM()
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> ScriptedLLM:
+    """One whose clock is the stepper's."""
+    scripted = ScriptedLLM()
+    monkeypatch.setattr("ttc.engine.stepper.time", SimpleNamespace(perf_counter=lambda: scripted.now))
+    return scripted
+
+
+def test_decode_times_full_batches_at_the_wanted_context(llm: ScriptedLLM) -> None:
     seconds = _stepper(llm).measure(3, 100, None, "decode")
-    assert len(seconds) == 5
-    assert all(s >= 0 for s in seconds)
     timed = llm.steps[-5:]
+    assert seconds == [sum(contexts) for contexts in timed]
     assert all(len(contexts) == 3 for contexts in timed)
     assert all(abs(context - 100) <= 10 for contexts in timed for context in contexts)
     assert not llm.has_unfinished_requests()
 
 
-def test_prefill_times_one_fresh_prompt() -> None:
-    llm = ScriptedLLM()
-    assert len(_stepper(llm, repeats=9).measure(1, 64, None, "prefill")) == 3
+def test_prefill_times_one_fresh_prompt(llm: ScriptedLLM) -> None:
+    assert _stepper(llm, repeats=9).measure(1, 64, None, "prefill") == [65.0] * 3
     assert llm.steps == [[65]] * 3
 
 
