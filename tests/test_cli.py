@@ -17,7 +17,7 @@ import pytest
 from tests.waiting import LIMIT_S
 from ttc import nano
 from ttc.policies import parse
-from ttc.types import Branch, Brief, Generate, Problem, Routine
+from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine
 
 TTC = [sys.executable, "-m", "ttc.cli.main"]
 TASK = "rg:chain_sum?min_terms=4&max_terms=5"
@@ -224,7 +224,8 @@ class Struck:
             try:
                 work = routine.send(reply)
             except StopIteration as end:
-                return end.value
+                outcome: Outcome = end.value
+                return outcome
 
     def arrived(self, done: Sequence[Branch]) -> bool:
         ARRIVED.append(done[-1])
@@ -235,17 +236,8 @@ class Struck:
 
 ARRIVED: list[Branch] = []
 STRIKES = [
-    "--task",
-    TASK,
-    "--n",
-    "60",
-    "--policy",
-    "tests.test_cli:Struck",
-    "--budget",
-    "4k tokens",
-    "--concurrency",
-    "8",
-]
+    "--task", TASK, "--n", "60", "--policy", "tests.test_cli:Struck", "--budget", "4k tokens", "--concurrency", "8",
+]  # fmt: skip
 
 
 @pytest.mark.engine

@@ -17,6 +17,7 @@ from tests.conftest import make_problems
 from tests.engine.http_engine import serving
 from tests.engine.mock_server import Call, Script
 from tests.test_driver import Dies, make_driver, total
+from tests.waiting import LIMIT_S
 from ttc.api import Run, Settings
 from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, random_writer
@@ -25,7 +26,6 @@ from ttc.ledger import Ledger
 from ttc.policies import parse
 from ttc.types import AnswerFormat, Problem, Score
 
-LONG_S = 30.0
 SEARCHES = (
     "beam?n=4&width=2&tokens=9",
     "dvts?n=4&width=2&tokens=9",
@@ -62,7 +62,7 @@ class Hanging(Judge):
     def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
         if problem.id == "p0":
             self.asked.set()
-            self.in_time &= self.gate.wait(LONG_S)
+            self.in_time &= self.gate.wait(LIMIT_S)
         return super().score(problem, texts)
 
 
