@@ -306,3 +306,5 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
         if result.error and not as_json:
             stderr.print(f"ttc: {result.problem_id} failed: {result.error}", soft_wrap=True)
     sys.stdout.flush()
+    if single and results and results[0].answer is None and results[0].error.startswith("budget:"):
+        raise typer.Exit(2)

@@ -118,6 +118,16 @@ class Adaptive:
             raise InputError(
                 f"policy: price={self.price:g} and confidence={self.confidence:g} are probabilities"
             )
+        if not 0 < self.patience <= 1 or not 0 <= self.after < float("inf") or self.early < 0:
+            raise InputError(
+                f"policy: patience={self.patience:g}, after={self.after:g}, early={self.early}; give a patience in (0, 1], and 0 or"
+                " more for the others"
+            )
+        if not all(abs(value) < 100 for value in (self.level, self.slope)) or not 0 < self.spread < 100:
+            raise InputError(
+                f"policy: level={self.level:g}, slope={self.slope:g}, spread={self.spread:g} are no prior of a log odds; fit them"
+                " (python -m ttc.simulate fit)"
+            )
         if self.probe_every < 1 or self.agree < 1 or self.agree_other < 1:
             raise InputError(f"policy: agree={self.agree}, probe_every={self.probe_every}; give 1 or more")
 

@@ -99,7 +99,12 @@ class Kinetics:
         own = _known_as(situation.model)
         shape = replace(situation.shape, name=own)
         if not self.data:
-            return plan(cost_only([shape], amount, unit, tariff), amount, unit, tariff)
+            points = cost_only([shape], amount, unit, tariff)
+            if not points:
+                raise InputError(
+                    f"policy: kinetics finds no plan that {situation.budget} would pay for; give a larger budget, or another policy"
+                )
+            return plan(points, amount, unit, tariff)
         pools, curves = read_all([Path(part) for part in self.data.split(SEPARATOR)])
         pools = [replace(p, model=_known_as(p.model or own)) for p in pools]
         curves = [replace(c, model=_known_as(c.model)) for c in curves]

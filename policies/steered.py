@@ -110,9 +110,10 @@ class IterativeDeepening:
     def check_room(self, room: int, thinking: int) -> None:
         """Raise InputError if no checkpoint lies within a thought of ``thinking`` tokens."""
         if self.first >= thinking:
+            less = f"give less than {thinking}, or a higher cap" if thinking > 1 else "raise the cap"
             raise InputError(
-                f"policy: first={self.first} lies behind the cap of {thinking} tokens of thinking, so nothing would be forced; give"
-                f" less than {thinking}, or a higher cap"
+                f"policy: first={self.first} lies behind the cap of {thinking} tokens of thinking, so nothing would be forced;"
+                f" {less} (cap, --max-thinking or the budget)"
             )
 
     def control(self, limit: int) -> Control:

@@ -272,6 +272,18 @@ def test_too_small_a_budget_says_what_would_do() -> None:
     assert all(r.answer for r in make_driver(engine, parse("greedy"), enough).run(make_problems(3)))
 
 
+def test_time_that_was_over_before_an_answer_is_told_with_what_would_do() -> None:
+    engine = FakeEngine(writer=lambda request, issued: Script(40, "7", 2))
+    [result] = make_driver(engine, parse("self-consistency?n=2"), Budget(0.03, "seconds")).run(
+        make_problems(1)
+    )
+    assert result.answer is None
+    assert result.error.startswith("budget: 0.03 s were over before an answer was written; give at least 0.")
+    enough = Budget(float(result.error.split()[-2]), "seconds")
+    [result] = make_driver(FakeEngine(), parse("greedy"), enough).run(make_problems(1))
+    assert result.answer and not result.error
+
+
 def test_run_scope_answers_every_problem_before_it_buys_second_samples() -> None:
     engine = FakeEngine(writer=lambda request, issued: Script(20, "7", 1), concurrency=4)
     budget = Budget(12 * 31, "tokens", "run")

@@ -41,8 +41,8 @@ _LONGEST_LINE = 400
 def extract(text: str, format: AnswerFormat) -> str | None:
     """The answer that stands where ``format`` says, else where models also put it; None if there is none.
 
-    An answer follows the last ``think_close``. A thought that never closed has an answer only if a complete
-    box or tag stands in it: its last line is no answer. A box or tag that the token cap cut off counts in the
+    An answer follows the last ``think_close`` that has something behind it. A thought that never closed has an answer only if a
+    complete box or tag stands in it: its last line is no answer. A box or tag that the token cap cut off counts in the
     answer part, since the engine forces ``\\boxed{`` when the thought must end.
 
     >>> extract("<think>6*7</think>So \\\\boxed{\\\\frac{84}{2}}.", AnswerFormat(extract="boxed"))
@@ -50,7 +50,9 @@ def extract(text: str, format: AnswerFormat) -> str | None:
     """
     part = text
     if format.think_close:
-        _thought, closed, part = text.rpartition(format.think_close)
+        thought, closed, part = text.rpartition(format.think_close)
+        while not part.strip() and format.think_close in thought:  # it closes again behind its answer
+            thought, closed, part = thought.rpartition(format.think_close)
         if not closed:
             return _boxed(text, cut_off=False) or _tagged(text, cut_off=False)
         if format.think_open:  # it may have begun to think again after the answer

@@ -51,6 +51,8 @@ class Cashier:
         """The most that ``request`` can still cost in all if its thought ends at ``thinking`` tokens, probes included, and for a
         step that pauses also the least answer after it."""
         info, unit = self.engine.info, self.budget.unit
+        if unit == "seconds":  # the clock is watched
+            return 0.0
         if _pauses(request):
             thinking = min(thinking, request.step_tokens)
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
@@ -155,6 +157,15 @@ class Cashier:
 
     def closing_seconds(self) -> float:
         return (self.engine.room_tokens + 1) * self.longest_step
+
+    def too_late(self, job: Job) -> str:
+        """What is wrong, if time was over before there was an answer ("": it was not)."""
+        if self.budget.unit != "seconds" or self.seconds_left(job) > self.longest_step:
+            return ""
+        return (
+            f"budget: {format_amount(self.budget.amount, 'seconds')} were over before an answer was written; give at least"
+            f" {rounded_up(self.budget.amount + 2 * self.closing_seconds(), 'seconds')}"
+        )
 
     def check_overrun(self, job: Job) -> None:
         if self.budget.unit != "seconds":

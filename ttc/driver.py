@@ -513,7 +513,7 @@ class Driver:
                     job.slots[slot] = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
                 job.pending.clear()
                 self.engine.abort(sorted(job.flights))
-        if job.pending or job.flights or any(b is None for b in job.slots):
+        if job.pending or job.flights or None in job.slots:
             return
         branches = tuple(b for b in job.slots if b is not None)
         job.work = None
@@ -532,6 +532,8 @@ class Driver:
         if outcome.answer is None:
             error = next((b.completion.error for b in job.branches if b.completion.error), "")
         error = error or job.trouble
+        if outcome.answer is None and not error:
+            error = self.cashier.too_late(job)
         stop = "budget" if job.denied and outcome.stop == "samples" else outcome.stop
         self._close(job, outcome.answer, stop, outcome.votes, error)
 

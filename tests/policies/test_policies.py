@@ -46,6 +46,11 @@ def test_policies_travel_and_are_read_back_as_described(name: str) -> None:
     [
         "adaptive?price=2",
         "adaptive?width=0",
+        "adaptive?patience=0",
+        "adaptive?after=-3",
+        "adaptive?early=-1",
+        "adaptive?spread=0",
+        "adaptive?level=nan",
         "adaptive-consistency?rule=flat",
         "early-stopping?window=99",
         "parallel-probe?n=0",
@@ -263,6 +268,10 @@ def test_kinetics_plans_what_the_budget_buys_and_replays_it() -> None:
     assert Kinetics(n=3, thinking=77).planned(situation) == Kinetics(n=3, thinking=77)
     replayed = replay(pool, Kinetics(n=3), budget=Budget(1000, "tokens"), shuffles=2)
     assert replayed.overrun == 0 and replayed.samples.max() == 3
+    with pytest.raises(
+        InputError, match="policy: kinetics finds no plan that 9 tokens a problem would pay for"
+    ):
+        Kinetics().planned(dataclasses.replace(situation, budget=Budget(9, "tokens")))
     with pytest.raises(InputError, match="seconds"):
         Kinetics().planned(dataclasses.replace(situation, budget=Budget(9, "seconds")))
     with pytest.raises(InputError, match="shape"):

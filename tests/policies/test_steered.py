@@ -16,7 +16,7 @@ from tests.conftest import make_problems
 from tests.test_driver import make_driver, total
 from ttc.api import Run, Settings, _check_control
 from ttc.budget import Budget, Unit
-from ttc.engine.course import Course
+from ttc.engine.course import Course, check_words
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.engine.protocol import EngineInfo
 from ttc.errors import InputError
@@ -279,6 +279,7 @@ def test_a_cap_smaller_than_the_answers_room_is_refused() -> None:
         ("plain?least=2&trigger=one two three&total=12", {}, "'one two three' has 3 tokens"),
         ("iterative-deepening?first=10&trigger=w|one two three&cap=13", {}, "can begin at 10"),
         ("iterative-deepening?first=64&cap=64", {}, "first=64 lies behind the cap of 64"),
+        ("iterative-deepening?first=64&cap=1", {}, "raise the cap (cap, --max-thinking or the budget)"),
         ("iterative-deepening?first=64", {"max_thinking_tokens": 20}, "first=64 lies behind the cap of 20"),
         ("plain?least=30", {"max_thinking_tokens": 20}, "least=30 is more than the 20"),
         ("plain?least=30", {"budget": "20 tokens"}, "least=30 is more than the 12"),
@@ -293,6 +294,11 @@ def test_what_would_silently_never_be_begun_is_refused_before_work_starts(
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert engine.counters().requests == 0
+
+
+def test_a_trigger_that_would_end_the_thought_is_refused() -> None:
+    with pytest.raises(InputError, match=r"trigger: 'so </think>' holds '</think>', which ends the thought"):
+        check_words(Control(("Wait", "so </think>"), (5,)), "</think>")
 
 
 @pytest.mark.parametrize(

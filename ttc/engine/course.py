@@ -309,6 +309,15 @@ class Course:
                 return
 
 
+def check_words(control: Steering, think_close: str) -> None:
+    """Raise InputError for a trigger that would itself end the thought."""
+    for text in control.triggers:
+        if think_close.strip() in text:
+            raise InputError(
+                f"trigger: {text!r} holds {think_close.strip()!r}, which ends the thought; use other words, or a cap to end it"
+            )
+
+
 def check_fits(control: Steering, lengths: Sequence[int], thinking: int) -> None:
     """Raise InputError for a trigger (``lengths``: the tokens of each) that finds no place in a thought of at most ``thinking``
     tokens, with a token to say after it: it would silently never be begun."""

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ttc.engine.course import FAR, check_fits
+from ttc.engine.course import FAR, check_fits, check_words
 from ttc.engine.http_branch import BYTES_PER_TOKEN, Span, Spans
 from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
 from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
@@ -230,6 +230,7 @@ class OpenAIEngine:
             lengths = [len(self._call(self._setting.span_ids(text))) for text in control.triggers]
         except CallFailed as error:
             raise InputError(f"trigger: {error}; give some words") from error
+        check_words(control, form.think_close)
         check_fits(control, lengths, thinking)
         needs = bool(control.loop_repeats) or control.stop_below is not None
         needs = needs or (control.min_thinking > 0 and not control.triggers)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ttc.engine.course import FAR, STEERING, check_fits
+from ttc.engine.course import FAR, STEERING, check_fits, check_words
 from ttc.engine.model import ModelFiles
 from ttc.errors import InputError
 from ttc.types import Control, Problem
@@ -27,7 +27,8 @@ class Spelling:
         self.name = files.name
         self.close = self.ids(files.format.close_text)
         self.lead = self.ids(files.format.lead_text)
-        self.end = self.ids(files.format.think_close)
+        self.delimiter = files.format.think_close
+        self.end = self.ids(self.delimiter)
         self.room = max(len(self.close), len(self.lead)) + files.format.answer_tokens
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
@@ -104,6 +105,7 @@ class Spelling:
                 f"think-close: {self.name} has no delimiter that ends a thought, so nothing can be forced inside one;"
                 " name it with --think-close, or use a policy that does not steer"
             )
+        check_words(control, self.delimiter)
         triggers = self.steering(control)["triggers"]
         check_fits(control, [len(ids) for ids in triggers], thinking)
 
