@@ -24,15 +24,17 @@ def checkpoints(
             else tuple(range(first, limit, first))[:most]
         )
     found: list[int] = []
-    position = 0
-    for k in range(most):
-        size = math.ceil(first * growth**k)
+    position = k = 0
+    while len(found) < most:
+        size = math.ceil(min(first * growth**k, limit))
+        if not incremental and found and size <= found[-1]:  # on to where it is more
+            k = max(k + 1, int(math.log(found[-1] / first) / math.log(growth)))
+            continue
         position = position + size if incremental else size
         if position >= limit:
             break
-        if not incremental and found and size <= found[-1]:
-            continue
         found.append(size)
+        k += 1
     return tuple(found)
 
 

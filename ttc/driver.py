@@ -295,6 +295,7 @@ class Driver:
         if job.flights or job.pending:
             raise RuntimeError("steered branches are still running; cancel or await them before Generate")
         job.work, job.slots, job.arrived, job.cancelled = work, [None] * len(work.requests), [], False
+        job.open = len(job.slots)
         job.pending = deque(enumerate(work.requests))
         price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.requests)
         self.decide(job, f"generate {len(work.requests)}", work.why, price)
@@ -474,6 +475,7 @@ class Driver:
         """A branch of the job's current work is there (``replayed``: what it was asked for in an earlier session); replies to the
         policy when all are."""
         job.slots[slot] = branch
+        job.open -= 1
         job.arrived.append(branch)
         job.branches.append(branch)
         self.closing.charge(job, branch.charge)
@@ -511,9 +513,10 @@ class Driver:
                 for slot, request in job.pending:
                     nothing = Completion("", "abort", 0, 0)
                     job.slots[slot] = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
+                job.open -= len(job.pending)
                 job.pending.clear()
                 self.engine.abort(sorted(job.flights))
-        if job.pending or job.flights or None in job.slots:
+        if job.pending or job.flights or job.open:
             return
         branches = tuple(b for b in job.slots if b is not None)
         job.work = None

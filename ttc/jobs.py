@@ -72,9 +72,10 @@ class Account:
 
 @dataclass(slots=True)
 class Job:
-    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Steer`` work: ``tickets`` of running branches
-    by request index, what is ``news`` to the policy (``quiet``: indices that it cancelled itself), whether it ``waits``, and its
-    last word while branches still end. ``trouble``: what broke on the way to its answer."""
+    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Generate`` work: its ``open`` slots. For
+    ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices that it
+    cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way to its
+    answer."""
 
     order: int
     problem: Problem
@@ -85,6 +86,7 @@ class Job:
     work: Generate | Steer | None = None
     pending: deque[tuple[int, Request]] = field(default_factory=deque)
     slots: list[Branch | None] = field(default_factory=list)
+    open: int = 0
     arrived: list[Branch] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)

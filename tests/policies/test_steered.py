@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -81,6 +82,17 @@ def test_deepening_costs_ever_less_of_a_thought_and_uniform_does_not() -> None:
     }
     assert share[2.0][0] > 2 * share[2.0][1] > 8 * share[2.0][2]
     assert share[1.0][2] == pytest.approx(share[1.0][1], rel=0.05)
+
+
+def test_growth_of_any_size_has_its_checkpoints() -> None:
+    """Just above 1 every token is one, as the formula says, and it does not take the formula's millions of steps."""
+    assert checkpoints(1, 1.0000001, 50) == tuple(range(1, 50))
+    assert checkpoints(20, 1.001, 64) == tuple(
+        sorted({ceil(20 * 1.001**k) for k in range(1200)} - {*range(64, 99)})
+    )
+    for growth in (1e9, 1e300, 1.7e308):
+        assert checkpoints(20, growth, 4096) == (20,)
+        assert checkpoints(20, growth, 4096, incremental=True) == (20,)
 
 
 def test_checkpoints_by_hand() -> None:
