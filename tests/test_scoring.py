@@ -177,7 +177,8 @@ def test_a_resumed_search_goes_on_where_it_was(
 
     judge, first = Judge(slow), Ledger.open(directory, {})
     dying = Dies(steps, concurrency=5)
-    with contextlib.suppress(EngineError):
+    with contextlib.suppress(EngineError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ttc.scoring.LAST_WORD_S", LIMIT_S)
         list(make_driver(dying, parse(policy), budget, ledger=first, reward=judge).run(problems))
     first.close()
     second = Ledger.open(directory, {})

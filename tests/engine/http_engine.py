@@ -40,7 +40,7 @@ def serving(
         finally:
             engine.close()
         assert not engine._running
-    assert not set(threading.enumerate()) - before
+    waiting.until(lambda: not set(threading.enumerate()) - before, what="no thread is left")
 
 
 def run(engine: OpenAIEngine, requests: Sequence[Request]) -> list[Completion]:
