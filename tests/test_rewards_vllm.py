@@ -3,20 +3,15 @@ token, marks behind steps, and searches led by them."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from tests.engine.vllm_server import serving
 from ttc import nano
 from ttc.api import Run, Settings
 from ttc.engine.vllm import VLLMEngine
@@ -30,7 +25,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 TASK = "rg:chain_sum?min_terms=3&max_terms=4&min_digits=2&max_digits=2"
 PROBLEM = Problem("p", ({"role": "user", "content": "12 + 7 + 3 ="},))
 TEXTS = ["12 + 7 = 19;", "12 + 7 = 20;", "12 + 7 = 19;19 + 3 = 22;So 22.</think>22"]
-START_S = 180.0
 BF16 = 0.02
 TOKENWISE = ["--pooler-config", '{"task": "token_classify"}']
 ENVIRONMENT = {
@@ -43,51 +37,18 @@ ENVIRONMENT = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """``vllm serve --runner pooling`` of the process model, scoring sequences and scoring tokens; both start at once."""
-    import httpx
-
     folder = tmp_path_factory.mktemp("servers")
-    running: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
-    try:
-        for kind, more in (("sequence", []), ("token", TOKENWISE)):
-            port = free_port()
-            command = [
-                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(nano.reward_folder("nano-s-process")),
-                "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
-                "--max-model-len", "1024", "--max-num-seqs", "16", "--runner", "pooling", *more,
-            ]  # fmt: skip
-            with (folder / kind).open("wb") as out:
-                process = subprocess.Popen(
-                    command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, start_new_session=True
-                )
-            running[kind] = (f"http://127.0.0.1:{port}", process)
-        end = time.monotonic() + START_S
-        for kind, (url, process) in running.items():
-            while time.monotonic() < end and process.poll() is None:
-                try:
-                    if httpx.get(url + "/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.3)
-            else:
-                pytest.fail(f"no server: {(folder / kind).read_text()[-2000:]}")
-        yield {kind: url for kind, (url, _) in running.items()}
-    finally:
-        for word in (signal.SIGTERM, signal.SIGKILL):
-            for _, process in running.values():
-                try:
-                    os.killpg(process.pid, word)
-                    process.wait(timeout=10)
-                except (ProcessLookupError, subprocess.TimeoutExpired):
-                    continue
+    common = ["--model", str(nano.reward_folder("nano-s-process")), "--served-model-name", "judge"]
+    common += ["--max-model-len", "1024", "--max-num-seqs", "16", "--runner", "pooling"]
+    with ExitStack() as stack:
+        starting = {
+            kind: stack.enter_context(serving([*common, *more], ENVIRONMENT, folder / kind))
+            for kind, more in (("sequence", []), ("token", TOKENWISE))
+        }
+        yield {kind: ready() for kind, ready in starting.items()}
 
 
 @pytest.fixture(scope="module")

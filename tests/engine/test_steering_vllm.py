@@ -280,7 +280,9 @@ def test_worker_processes_execute_the_same_instructions(tmp_path: Path) -> None:
     assert report["triggers"] > 20
     assert report["forks"] > 0
     assert report["heard"] > 0, "the word reaches the workers"
-    assert 0 <= report["unseen"] <= report["most"], "of a cancelled fork, what the worker wrote in the meantime"
+    assert 0 <= report["unseen"] <= report["most"], (
+        "of a cancelled fork, what the worker wrote in the meantime"
+    )
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------------------
