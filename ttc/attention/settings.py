@@ -32,7 +32,7 @@ class KvSetting:
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
-            raise InputError(f"kv-budget: {self.budget!r} is no number of tokens; give 1 page or more")
+            raise InputError(f"kv-budget: {self.budget!r}; give a whole number of tokens, one page or more")
         if self.method not in METHODS:
             raise InputError(f"kv-method: {self.method!r} is not known; use one of {', '.join(METHODS)}")
 
