@@ -86,14 +86,14 @@ class AdaptiveConsistency:
             if reply.branches[0].finish == "denied":
                 break
             if self._sure(list(votes.values())):
-                return Outcome(leader(votes, brief.seed), "confident", votes)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+                return Outcome(leader(votes, brief.seed, problem.id), "confident", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyStopping:
-    """Early-stopping self-consistency (Li et al., arXiv 2401.10480): windows of ``window`` samples; stops when all answers in
-    one agree, else votes over all ``n``."""
+    """Early-stopping self-consistency (Li et al., arXiv 2401.10480): windows of ``window`` samples, the last of what is
+    left of ``n``; stops when all answers in one whole window agree, else votes over all ``n``."""
 
     n: int = 64
     window: int = 8
@@ -105,9 +105,11 @@ class EarlyStopping:
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         drawn: list[Branch] = []
-        for start in range(0, self.n - self.window + 1, self.window):
-            requests = tuple(brief.request(problem, start + i) for i in range(self.window))
-            reply = yield Generate(requests, why=f"a window of {self.window}")
+        for start in range(0, self.n, self.window):
+            requests = tuple(
+                brief.request(problem, i) for i in range(start, min(start + self.window, self.n))
+            )
+            reply = yield Generate(requests, why=f"a window of {len(requests)}")
             drawn += reply.branches
             votes = tally(reply.branches)
             if len(votes) == 1 and sum(votes.values()) == self.window:
@@ -115,7 +117,7 @@ class EarlyStopping:
             if any(branch.finish == "denied" for branch in reply.branches):
                 break
         votes = tally(drawn)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class DeepConf:
             weights = self._weights(branches)
             floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * len(weights))) - 1]
             votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
-            return Outcome(leader(votes, brief.seed), "samples", votes)
+            return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
         warm = min(self.warmup, self.n)
         branches = yield from Parallel(warm, signals=self.needs).run(problem, brief)
         weights = self._weights(branches)
@@ -160,7 +162,7 @@ class DeepConf:
         votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
         for index in range(warm, self.n):
             if votes and max(votes.values()) >= self.consensus * sum(votes.values()):
-                return Outcome(leader(votes, brief.seed), "confident", votes)
+                return Outcome(leader(votes, brief.seed, problem.id), "confident", votes)
             reply = yield Generate(
                 (brief.request(problem, index, signals=self.needs),), why="no consensus yet"
             )
@@ -169,7 +171,7 @@ class DeepConf:
                 votes[answer] = votes.get(answer, 0.0) + (share if weight >= floor else 0.0)
             if reply.branches[0].finish == "denied":
                 break
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(slots=True)

@@ -5,8 +5,9 @@ The budget may pay for fewer than ``n``; the answer is then chosen among those, 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import exp
 from typing import Literal, get_args
 
 from ttc.errors import InputError
@@ -36,7 +37,7 @@ class Greedy:
     def run(self, problem: Problem, brief: Brief) -> Routine:
         branches = yield from Parallel(1, temperature=0.0).run(problem, brief, why="one greedy branch")
         votes = tally(branches)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,15 @@ class SelfConsistency:
     def run(self, problem: Problem, brief: Brief) -> Routine:
         branches = yield from Parallel(self.n).run(problem, brief)
         votes = tally(branches)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedVote:
     """Draw ``n`` branches; each votes with its confidence: exp(mean log-probability), the geometric-mean token probability, or
-    its self-certainty (Kang et al., arXiv 2502.18581), or the reward model's score (weighted best-of-N)."""
+    its self-certainty (Kang et al., arXiv 2502.18581), or the reward model's score (weighted best-of-N). Scores that are added up
+    are 0 or more: a problem whose reward model gives less fails (ValueError). Where the budget can't pay for the reward model,
+    votes count alike."""
 
     n: int = 8
     weight: Literal["mean-logprob", "self-certainty", "reward"] = "self-certainty"
@@ -75,13 +78,17 @@ class WeightedVote:
     def run(self, problem: Problem, brief: Brief) -> Routine:
         signals = () if self.weight == "reward" else (self.weight,)
         branches = yield from Parallel(self.n, signals=signals).run(problem, brief)
-        scores = yield from _scores(branches, self.weight)
+        usable = [branch for branch in branches if branch.usable]
+        scores = yield from _scores(usable, self.weight)
         if self.weight == "mean-logprob":
-            from math import exp
-
             scores = [exp(score) for score in scores]
-        votes = tally(branches, scores)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        if min(scores, default=0.0) < 0:
+            raise ValueError(
+                f"a vote weighs 0 or more, and the reward model gives {min(scores):g}; let it give chances (the sigmoid of logits),"
+                " or use best-of-n?score=reward"
+            )
+        votes = tally(usable, scores)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ class BestOfN:
         scores = yield from _scores(usable, self.score)
         if len(scores) < len(usable):
             votes = tally(usable)
-            return Outcome(leader(votes, brief.seed), "samples", votes)
+            return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
         chosen = best(usable, scores, brief.seed)
         top: dict[str, float] = {}
         for branch, score in zip(usable, scores, strict=True):
@@ -119,7 +126,7 @@ class BestOfN:
         return Outcome(chosen.vote if chosen is not None else None, "samples", top)
 
 
-def _scores(branches: tuple[Branch, ...] | list[Branch], by: str) -> Generator[Work, Reply, list[float]]:
+def _scores(branches: Sequence[Branch], by: str) -> Generator[Work, Reply, list[float]]:
     """A score per branch, from its own confidence or from the reward model ([]: the budget can't pay for that)."""
     if by != "reward":
         return confidences(branches, by)

@@ -134,7 +134,7 @@ class Kinetics:
         why = f"planned: {len(requests)} votes of at most {thinking} tokens"
         reply = yield Generate(requests, why=why)
         votes = tally(reply.branches)
-        return Outcome(leader(votes, brief.seed), "samples", votes, why)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes, why)
 
 
 def _known_as(model: str | None) -> str:
@@ -203,10 +203,10 @@ class Effort:
                     votes[answer] = votes.get(answer, 0.0) + weight * level
                 if max(here.values(), default=0.0) >= self.agree:
                     why = f"{self.agree} alike at effort {level:g}"
-                    return Outcome(leader(votes, brief.seed), "confident", votes, why)
+                    return Outcome(leader(votes, brief.seed, problem.id), "confident", votes, why)
                 if any(branch.finish == "denied" for branch in reply.branches):
-                    return Outcome(leader(votes, brief.seed), "samples", votes, "the budget")
-        return Outcome(leader(votes, brief.seed), "samples", votes, "as many as allowed")
+                    return Outcome(leader(votes, brief.seed, problem.id), "samples", votes, "the budget")
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes, "as many as allowed")
 
 
 __all__ = ["Effort", "Kinetics", "Situation", "plan_policy"]

@@ -44,7 +44,7 @@ def _best(chains: Sequence[Chain]) -> list[Chain]:
     return sorted(chains, key=lambda chain: -chain.score)
 
 
-def _chosen(chains: Sequence[Chain], select: Select, seed: int) -> Outcome:
+def _chosen(chains: Sequence[Chain], select: Select, seed: int, problem_id: str) -> Outcome:
     """The answer of chains that have ended."""
     branches = [chain.branch for chain in chains if chain.branch is not None]
     scores = [chain.score for chain in chains if chain.branch is not None]
@@ -52,7 +52,7 @@ def _chosen(chains: Sequence[Chain], select: Select, seed: int) -> Outcome:
     if select == "best":
         favourite = best(branches, scores, seed)
         return Outcome(favourite.vote if favourite is not None else None, "samples", votes)
-    return Outcome(leader(votes, seed), "samples", votes)
+    return Outcome(leader(votes, seed, problem_id), "samples", votes)
 
 
 def _ended(
@@ -62,7 +62,8 @@ def _ended(
     that, chains that the search had dropped answer."""
     if not _usable(ended) and begun:
         ended = ended + (yield from walk.finish(_best(begun)[0]))
-    return _chosen(ended if _usable(ended) else walk.spare, select, walk.brief.seed)
+    ended = ended if _usable(ended) else walk.spare
+    return _chosen(ended, select, walk.brief.seed, walk.problem.id)
 
 
 def _usable(chains: Sequence[Chain]) -> bool:

@@ -54,10 +54,12 @@ def _steered(
         for index in range(n)
     )
     reply = yield Generate(requests, why=why)
-    return (yield from _chosen(brief, reply.branches, select))
+    return (yield from _chosen(problem, brief, reply.branches, select))
 
 
-def _chosen(brief: Brief, branches: tuple[Branch, ...], select: Select) -> Generator[Work, Reply, Outcome]:
+def _chosen(
+    problem: Problem, brief: Brief, branches: tuple[Branch, ...], select: Select
+) -> Generator[Work, Reply, Outcome]:
     votes = tally(branches)
     if select == "reward":
         usable = tuple(branch for branch in branches if branch.usable)
@@ -65,7 +67,7 @@ def _chosen(brief: Brief, branches: tuple[Branch, ...], select: Select) -> Gener
         if len(reply.scores) == len(usable):
             favourite = best(usable, reply.scores, brief.seed)
             return Outcome(favourite.vote if favourite is not None else None, "samples", votes)
-    return Outcome(leader(votes, brief.seed), "samples", votes)
+    return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 def _check(n: int, cap: int, select: str) -> None:

@@ -3,13 +3,13 @@
 One network for both kinds, Qwen3ForSequenceClassification with one label (Hugging Face's and vLLM's name for it): the trunk of a
 reasoner and a linear score of every position. A score of position t has read nothing behind t, so one pass scores every step.
 
-* ``outcome``: the score of a whole chain. Trained on pairs, right and wrong, of one problem (Bradley-Terry; TRL's RewardTrainer);
-  a logit whose differences count, between chains of one problem.
+* ``outcome``: the score of a whole chain, the sigmoid of a logit. Trained on pairs, right and wrong, of one problem (Bradley-Terry;
+  TRL's RewardTrainer), so it ranks chains of one problem and weighs their votes; it is no chance to be right.
 * ``process``: the chance that a chain which has got so far ends right, at every token of it. Trained on whether it did: a
   one-sample form of Math-Shepherd's soft estimate (Wang et al., arXiv:2312.08935, Eq. 2), at every token as in Cobbe et al.
   (arXiv:2110.14168, section 4.2).
 
-``ttc.nano.reward(name)`` loads one; ``ttc.rl.judges`` trains, measures and ships them.
+``ttc.nano.reward(name)`` loads one; ``ttc.rl.train_reward`` trains, measures and ships them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class RewardNet(nn.Module):
 class NanoReward:
     """A reward model as the driver wants it (``ttc.jobs.RewardModel``).
 
-    Texts are completions: thinking, ``</think>``, answer, or any beginning of that. Scores are probabilities for ``process``,
-    logits for ``outcome``.
+    Texts are completions: thinking, ``</think>``, answer, or any beginning of that. Scores lie in [0, 1], as those of a pooling model
+    do (``ttc.rewards``); ``positions`` gives the logits of ``outcome``, as it is trained.
     """
 
     def __init__(self, name: str, kind: Kind, net: RewardNet, shape: ModelShape | None = None) -> None:
@@ -73,8 +73,8 @@ class NanoReward:
         if not texts:
             return []
         last = self._reader.last(_inputs(problem, texts), len(_prompt(problem)))
-        scores = self.net.score(last)[..., 0].float()
-        return [float(s) for s in (scores.sigmoid() if self.kind == "process" else scores).tolist()]
+        logits = self.net.score(last)[..., 0].double()  # a float's sigmoid is 1 from 17 on, and good chains would tie
+        return [float(s) for s in logits.sigmoid().tolist()]
 
     def steps(self, problem: Problem, texts: Sequence[str]) -> list[list[float]]:
         """For each text the score at the end of each of its steps (equation, conclusion, thought) and of the text."""
@@ -88,7 +88,7 @@ class NanoReward:
 
     @torch.no_grad()
     def positions(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The score of every position of each row of token ids."""
+        """The score (``outcome``: its logit) of every position of each row of token ids."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         out: list[list[float]] = [[] for _ in rows]
         device = self.net.score.weight.device

@@ -1,4 +1,5 @@
-"""From branches to an answer: votes, weighted votes, the best by a score. Pure; ties are broken by a seeded rule.
+"""From branches to an answer: votes, weighted votes, the best by a score. Pure; ties are broken by a seeded rule: the least hash of
+(run seed, problem id, answer), so that no answer is favoured over a run's problems ("True" is not, where "True" and "False" often tie).
 
 Answers are compared through ``Branch.vote``, the representative of each class of equal answers, so that a vote uses the verifier's
 own notion of equality.
@@ -21,23 +22,23 @@ def tally(branches: Sequence[Branch], weights: Sequence[float] | None = None) ->
     return votes
 
 
-def leader(votes: Mapping[str, float], seed: int) -> str | None:
-    """The answer with the most weight; among equals the one whose hash with ``seed`` is least. None without votes."""
+def leader(votes: Mapping[str, float], seed: int, problem_id: str) -> str | None:
+    """The answer with the most weight (any finite number); among equals, up to rounding, by the seeded rule. None without votes."""
     if not votes:
         return None
     top = max(votes.values())
-    tied = [answer for answer, weight in votes.items() if weight >= top * (1 - 1e-12)]
-    return min(tied, key=lambda answer: hashlib.sha256(f"{seed}\x1f{answer}".encode()).digest())
+    tied = [answer for answer, weight in votes.items() if weight >= top - 1e-12 * abs(top)]
+    return min(tied, key=lambda answer: hashlib.sha256(f"{seed}\x1f{problem_id}\x1f{answer}".encode()).digest())
 
 
 def best(branches: Sequence[Branch], scores: Sequence[float], seed: int) -> Branch | None:
-    """The usable branch with the highest score (ties: by seeded hash of its answer, then the earlier one)."""
+    """The usable branch with the highest score (ties: by the seeded rule over their answers, then the earlier one)."""
     ranked = [(score, branch) for score, branch in zip(scores, branches, strict=True) if branch.usable]
     if not ranked:
         return None
     top = max(score for score, _ in ranked)
     tied = [branch for score, branch in ranked if score == top]
-    chosen = leader({branch.vote or "": 1.0 for branch in tied}, seed)
+    chosen = leader({branch.vote or "": 1.0 for branch in tied}, seed, tied[0].problem_id)
     return next(branch for branch in tied if branch.vote == chosen)
 
 

@@ -62,11 +62,21 @@ def test_a_reward_model_that_the_budget_cannot_pay_for_leaves_the_vote() -> None
     assert result.charge.tokens == 5 * 12
 
 
-def test_confidence_policies_choose_by_confidence() -> None:
-    for policy in ("best-of-n?n=6&score=mean-logprob", "weighted-vote?n=6&weight=self-certainty"):
-        [result] = ttc.run(make_problems(1), engine=mixed(), policy=policy)
-        assert result.answer in ("7", "8")
-        assert all(b.completion.mean_logprob is not None for b in result.branches)
+def varied() -> FakeEngine:
+    """Every branch of a problem has an answer of its own."""
+    return FakeEngine(writer=lambda request, issued: Script(5 + request.index, str(request.index), 1))
+
+
+@pytest.mark.parametrize("measure", ["mean_logprob", "self_certainty"])
+def test_confidence_policies_choose_by_confidence(measure: str) -> None:
+    for policy in ("best-of-n?n=6&score=", "weighted-vote?n=6&weight="):
+        results = list(
+            ttc.run(make_problems(8), engine=varied(), policy=policy + measure.replace("_", "-"))
+        )
+        for result in results:
+            surest = max(result.branches, key=lambda b: getattr(b.completion, measure))
+            assert result.answer == surest.vote
+        assert len({r.answer for r in results}) > 1
 
 
 class Deaf(FakeEngine):

@@ -93,7 +93,7 @@ class EarlyStop:
             reply = yield Generate(requests, settled, "until two agree")
             seen += reply.branches
         votes = tally(seen)
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 # -- hard budgets --------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Odd:
             probe = tuple(Probing(p.branch, 0, 3 + told) for p in reply.probes)
             reply = yield Steer(probe=probe if told < 4 else ())
         votes = tally([*seen, *reply.branches])
-        return Outcome(leader(votes, brief.seed), "samples", votes)
+        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
 
 
 class Reads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ def test_names_that_mean_nothing_are_refused(name: str, words: str) -> None:
 
 
 def test_a_search_is_not_led_by_scores_of_whole_chains() -> None:
-    with pytest.raises(InputError, match="whole-chains scores whole chains by logits"):
+    with pytest.raises(InputError, match="whole-chains scores whole chains"):
         ttc.Run(make_problems(1), FakeEngine(), Settings(policy="beam"), reward=Outcome())
 
 
@@ -92,6 +93,70 @@ def test_a_callable_that_gives_too_few_scores_fails_its_problem() -> None:
         make_problems(1), engine=FakeEngine(), policy="best-of-n?n=3&score=reward", reward=short
     )
     assert "1 scores for 3 texts" in result.error
+
+
+# -- scores of any size -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("policy", ["best-of-n?n=3&score=reward", "weighted-vote?n=3&weight=reward", "plain?n=3&select=reward"])
+def test_a_score_that_is_no_number_fails_its_problem_alone(score: float, policy: str, tmp_path: Any) -> None:
+    def wild(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [score if problem.id == "p1" else 1.0] * len(texts)
+
+    settings: dict[str, Any] = {"policy": policy, "reward": wild, "out": tmp_path / "run"}
+    by_id = {r.problem_id: r for r in ttc.run(make_problems(3), engine=FakeEngine(), **settings)}
+    assert f"wild gave {score} for text 1 of 3; a score is a finite number" in by_id["p1"].error
+    assert by_id["p1"].answer is None
+    assert all(by_id[name].answer is not None and not by_id[name].error for name in ("p0", "p2"))
+
+
+@pytest.mark.parametrize("offset", [0.0, -100.0])
+def test_best_of_n_takes_the_highest_score_of_any_sign(offset: float) -> None:
+    """Every branch has an answer of its own: another choice than the highest score's is seen."""
+
+    def crc(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [offset + zlib.crc32(f"{problem.id}{text}".encode()) / 2**32 for text in texts]
+
+    engine = FakeEngine(writer=lambda request, issued: Script(5, str(request.index), 1))
+    [*results] = ttc.run(make_problems(12), engine=engine, policy="best-of-n?n=6&score=reward", reward=crc)
+    problems = {p.id: p for p in make_problems(12)}
+    for result in results:
+        scores = crc(problems[result.problem_id], [b.completion.text for b in result.branches])
+        assert result.answer == result.branches[scores.index(max(scores))].vote
+    assert len({r.answer for r in results}) > 3
+
+
+def test_a_weighted_vote_adds_up_chances_and_refuses_less_than_nothing() -> None:
+    def by_answer(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [0.9 if text.endswith("8") else 0.2 for text in texts]
+
+    def logits(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [-1.5] * len(texts)
+
+    engine = FakeEngine(writer=lambda request, issued: Script(10, "8" if request.index == 3 else "7", 1))
+    policy, problems = "weighted-vote?n=4&weight=reward", make_problems(1)
+    [result] = ttc.run(problems, engine=engine, policy=policy, reward=by_answer)
+    assert result.votes == pytest.approx({"7": 0.6, "8": 0.9}) and result.answer == "8"
+    [result] = ttc.run(problems, engine=engine, policy=policy, reward=logits)
+    assert "the reward model gives -1.5" in result.error and "sigmoid" in result.error
+
+
+def test_the_shipped_outcome_model_weighs_votes_by_its_logits_sigmoid() -> None:
+    """Its logits are negative as often as not; every vote must add to its answer."""
+    pytest.importorskip("torch")
+    from ttc.rl.reward import _inputs
+
+    def write(request: Any, issued: int) -> Script:
+        return Script(5, "7" if request.index % 2 else "8", 1)
+
+    model: Any = load_reward("nano-s-outcome")
+    [result] = ttc.run(make_problems(1), engine=FakeEngine(writer=write), policy="weighted-vote?n=4&weight=reward", reward=model)
+    assert not result.error and result.answer in ("7", "8")
+    texts = [b.completion.text for b in result.branches]
+    logits = [row[-1] for row in model.positions(_inputs(make_problems(1)[0], texts))]
+    assert min(logits) < 0, "else this shows nothing"
+    for answer, weight in result.votes.items():
+        own = [1 / (1 + math.exp(-x)) for x, b in zip(logits, result.branches, strict=True) if b.vote == answer]
+        assert weight == pytest.approx(sum(own), abs=1e-4)
 
 
 # -- a server --------------------------------------------------------------------------------------------------------------------

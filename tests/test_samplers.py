@@ -19,9 +19,10 @@ def branch(
     logprob: float | None = None,
     certainty: float | None = None,
     index: int = 0,
+    problem: str = "p",
 ) -> Branch:
     completion = Completion("", finish, 1, 1, mean_logprob=logprob, self_certainty=certainty)  # type: ignore[arg-type]
-    return Branch("p", index, 0, completion, vote, vote)
+    return Branch(problem, index, 0, completion, vote, vote)
 
 
 def test_votes_count_usable_branches_only() -> None:
@@ -34,29 +35,41 @@ def test_votes_count_usable_branches_only() -> None:
         branch("2", finish="error"),
     ]
     assert tally(branches) == {"1": 2.0, "2": 1.0}
-    assert leader(tally(branches), seed=0) == "1"
-    assert leader({}, seed=0) is None
+    assert leader(tally(branches), 0, "p") == "1"
+    assert leader({}, 0, "p") is None
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), st.integers(0, 1000), st.randoms())
 def test_the_leader_does_not_depend_on_order(votes: list[str], seed: int, rng) -> None:  # type: ignore[no-untyped-def]
     shuffled = list(votes)
     rng.shuffle(shuffled)
-    assert leader(tally([branch(v) for v in votes]), seed) == leader(
-        tally([branch(v) for v in shuffled]), seed
-    )
+    told, again = (tally([branch(v) for v in order]) for order in (votes, shuffled))
+    assert leader(told, seed, "p") == leader(again, seed, "p")
 
 
 def test_ties_are_broken_by_seed_without_favour() -> None:
-    winners = [leader({"a": 1.0, "b": 1.0}, seed) for seed in range(400)]
-    assert 140 < winners.count("a") < 260
+    """Over seeds, and over the problems of one seed: a run in which "True" and "False" often tie must not favour one."""
+    over_seeds = [leader({"True": 1.0, "False": 1.0}, seed, "p") for seed in range(400)]
+    over_problems = [leader({"True": 1.0, "False": 1.0}, 1, f"p{i}") for i in range(400)]
+    for winners in (over_seeds, over_problems):
+        assert 140 < winners.count("True") < 260
+    tied = [[branch(vote, problem=f"p{i}") for vote in ("True", "False")] for i in range(400)]
+    chosen = [best(pair, [0.5, 0.5], 1) for pair in tied]
+    assert 140 < sum(b is not None and b.vote == "True" for b in chosen) < 260
+
+
+@pytest.mark.parametrize("offset", [0.0, -5.0, 1e9, -1e9])
+def test_weights_of_any_sign_have_a_leader(offset: float) -> None:
+    assert leader({"a": offset, "b": offset + 1.0}, 0, "p") == "b"
+    assert leader({"a": -1.0}, 0, "p") == "a"
+    assert {leader({"a": offset - 2, "b": offset - 2}, seed, "p") for seed in range(50)} == {"a", "b"}
 
 
 def test_weighted_votes_and_best() -> None:
     branches = [branch("1", logprob=-2.0), branch("2", logprob=-0.1), branch("1", logprob=-2.5)]
     assert confidences(branches, "mean-logprob") == [-2.0, -0.1, -2.5]
     assert best(branches, confidences(branches, "mean-logprob"), seed=0) is branches[1]
-    assert leader(tally(branches, [0.1, 0.5, 0.1]), 0) == "2"
+    assert leader(tally(branches, [0.1, 0.5, 0.1]), 0, "p") == "2"
 
 
 def test_a_branch_without_the_measure_wins_only_alone() -> None:

@@ -12,6 +12,7 @@ every step gets the mark as ``end`` and, as ``step``, what ends a step of the te
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -75,6 +76,19 @@ def reward_name(model: RewardModel) -> str:
     return str(getattr(model, "name", type(model).__name__))
 
 
+def scores_of(model: RewardModel, problem: Problem, texts: Sequence[str]) -> tuple[float, ...]:
+    """A score a text. Raises ValueError for a model that gives more or fewer, or one that is no finite number."""
+    scores = tuple(float(score) for score in model.score(problem, texts))
+    if len(scores) != len(texts):
+        raise ValueError(f"reward {reward_name(model)} gave {len(scores)} scores for {len(texts)} texts")
+    for place, score in enumerate(scores, 1):
+        if not math.isfinite(score):
+            raise ValueError(
+                f"reward {reward_name(model)} gave {score} for text {place} of {len(texts)}; a score is a finite number"
+            )
+    return scores
+
+
 def check_priced(model: RewardModel, unit: Unit) -> None:
     """Raise InputError for a model whose work can't be charged in this unit."""
     if unit == "eflops" and getattr(model, "shape", None) is None and not isinstance(model, CallableReward):
@@ -88,7 +102,7 @@ def check_process(model: RewardModel, policy: str) -> None:
     """Raise InputError where a search is to be led by a model that scores whole chains only."""
     if getattr(model, "kind", "process") == "outcome":
         raise InputError(
-            f"reward: {reward_name(model)} scores whole chains by logits, and {policy} needs the chance of each step; use a"
+            f"reward: {reward_name(model)} scores whole chains, and {policy} needs the chance of each step; use a"
             " process reward model"
         )
 
@@ -112,10 +126,7 @@ class CallableReward:
         return 0
 
     def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]:
-        scores = list(self.scorer(problem, texts))
-        if len(scores) != len(texts):
-            raise ValueError(f"the reward model gave {len(scores)} scores for {len(texts)} texts")
-        return scores
+        return self.scorer(problem, texts)
 
 
 class Pooler(Protocol):

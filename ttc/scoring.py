@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ttc.engine.protocol import ServedEngine
 from ttc.jobs import Job, RewardModel
 from ttc.pricing import Pricer, spent_in
+from ttc.rewards import scores_of
 from ttc.types import Charge, Reply, Score
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Asked:
             if self.charge is None:
                 self.charge = pricer.reading(reward, self.job.problem, self.texts)
             else:
-                self.scores = tuple(float(score) for score in reward.score(self.job.problem, self.texts))
+                self.scores = scores_of(reward, self.job.problem, self.texts)
         except Exception as error:  # a reward model is anybody's
             self.error = error
         self.seconds = clock() - begun

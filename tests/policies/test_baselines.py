@@ -56,6 +56,15 @@ def test_published_policies_land_on_their_published_figures(
         assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
 
 
+@pytest.mark.parametrize(("n", "window", "drawn"), [(20, 8, 20), (10, 8, 10), (16, 8, 16), (3, 3, 3), (9, 1, 1)])
+def test_early_stopping_draws_all_n_where_no_window_agrees(n: int, window: int, drawn: int) -> None:
+    """No window agrees where every answer differs; a window of one always does."""
+    final = np.arange(24, dtype=np.int64)
+    problem = PooledProblem("q", np.full(24, 5.0), final, np.empty((24, 0), dtype=np.int64))
+    found = replay(Pool("p", (problem,)), parse(f"early-stopping?n={n}&window={window}"), shuffles=1)
+    assert found.samples[0, 0] == drawn
+
+
 def probed_pool(seed: int, branches: int = 9, every: int = 10) -> Pool:
     """One problem as the published pools record it: anytime answers up to where thinking ended, which may be well before or a
     little after the branch's last token."""

@@ -183,6 +183,35 @@ def test_the_answer_is_chosen_as_asked(select: str) -> None:
             assert result.votes[result.answer or ""] == max(result.votes.values())
 
 
+@dataclass
+class Kept(Hashed):
+    """Keeps, by problem, what it gave to each chain that had ended."""
+
+    ended: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
+        scores = super().score(problem, texts)
+        self.ended.setdefault(problem.id, {}).update(
+            (text, s) for text, s in zip(texts, scores, strict=True) if "</think>" in text
+        )
+        return scores
+
+
+def test_select_best_takes_the_chain_with_the_highest_score() -> None:
+    """Beam keeps all chains that ended, so the answer is that of the highest score that was given to any."""
+    reward = Kept()
+    policy = parse("beam?n=6&width=3&tokens=30&select=best")
+    engine = FakeEngine(random_writer(mean_thinking=60))
+    driver = make_driver(engine, policy, Budget(1e6, "tokens"), cap=200, reward=reward)
+    places = []
+    for result in driver.run(make_problems(30)):
+        texts = reward.ended[result.problem_id]
+        favourite = max(texts, key=lambda text: texts[text])
+        assert result.answer == favourite.rpartition("</think>")[2]
+        places.append([*texts].index(favourite) / max(len(texts) - 1, 1))
+    assert 0 in places and 1 in places, "it is neither always the first nor always the last"
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_any_budget_is_kept_and_the_answer_still_comes(seed: int) -> None:
     rng = random.Random(seed)

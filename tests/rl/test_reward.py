@@ -48,9 +48,9 @@ def test_transformers_reads_the_folder_and_gives_the_same_logits(tmp_path: Path)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0, 0]
     assert theirs.config.num_labels == 1
-    assert NanoReward("x", "outcome", net).score(PROBLEM, [TEXT]) == pytest.approx(
-        [float(expected)], abs=1e-4
-    )
+    reward = NanoReward("x", "outcome", net)
+    assert reward.positions([ids])[0][-1] == pytest.approx(float(expected), abs=1e-4)
+    assert reward.score(PROBLEM, [TEXT]) == pytest.approx([float(expected.double().sigmoid())], abs=1e-5)
 
 
 def test_every_step_is_scored_as_the_text_up_to_it_would_be() -> None:

@@ -87,7 +87,7 @@ class Scored:
         branches = yield from Parallel(self.n).run(problem, brief)
         reply = yield Score(branches, why="reward model")
         self.scores[problem.id] = {b.index: s for b, s in zip(branches, reply.scores, strict=True)}
-        return Outcome(leader(tally(branches), brief.seed), "samples", tally(branches))
+        return Outcome(leader(tally(branches), brief.seed, problem.id), "samples", tally(branches))
 
 
 Cell = dict[str, Any]
@@ -244,8 +244,8 @@ def _first(result: Result, scores: dict[int, float], n: int, seed: int) -> list[
     favourite = best(branches, weights, seed)
     answers = (
         favourite.vote if favourite is not None else None,
-        leader(tally(branches, weights), seed),
-        leader(tally(branches), seed),
+        leader(tally(branches, weights), seed, result.problem_id),
+        leader(tally(branches), seed, result.problem_id),
     )
     unread = sum(b.completion.output_tokens for b in every[n:])
     tokens = sum(b.completion.output_tokens for b in branches)
