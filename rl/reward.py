@@ -73,7 +73,9 @@ class NanoReward:
         if not texts:
             return []
         last = self._reader.last(_inputs(problem, texts), len(_prompt(problem)))
-        logits = self.net.score(last)[..., 0].double()  # a float's sigmoid is 1 from 17 on, and good chains would tie
+        logits = self.net.score(last)[
+            ..., 0
+        ].double()  # a float's sigmoid is 1 from 17 on, and good chains would tie
         return [float(s) for s in logits.sigmoid().tolist()]
 
     def steps(self, problem: Problem, texts: Sequence[str]) -> list[list[float]]:

@@ -28,7 +28,9 @@ def leader(votes: Mapping[str, float], seed: int, problem_id: str) -> str | None
         return None
     top = max(votes.values())
     tied = [answer for answer, weight in votes.items() if weight >= top - 1e-12 * abs(top)]
-    return min(tied, key=lambda answer: hashlib.sha256(f"{seed}\x1f{problem_id}\x1f{answer}".encode()).digest())
+    return min(
+        tied, key=lambda answer: hashlib.sha256(f"{seed}\x1f{problem_id}\x1f{answer}".encode()).digest()
+    )
 
 
 def best(branches: Sequence[Branch], scores: Sequence[float], seed: int) -> Branch | None:

@@ -70,9 +70,7 @@ def varied() -> FakeEngine:
 @pytest.mark.parametrize("measure", ["mean_logprob", "self_certainty"])
 def test_confidence_policies_choose_by_confidence(measure: str) -> None:
     for policy in ("best-of-n?n=6&score=", "weighted-vote?n=6&weight="):
-        results = list(
-            ttc.run(make_problems(8), engine=varied(), policy=policy + measure.replace("_", "-"))
-        )
+        results = list(ttc.run(make_problems(8), engine=varied(), policy=policy + measure.replace("_", "-")))
         for result in results:
             surest = max(result.branches, key=lambda b: getattr(b.completion, measure))
             assert result.answer == surest.vote

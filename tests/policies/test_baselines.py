@@ -56,7 +56,9 @@ def test_published_policies_land_on_their_published_figures(
         assert found["tokens_per_problem"] == pytest.approx(tokens, rel=0.05)
 
 
-@pytest.mark.parametrize(("n", "window", "drawn"), [(20, 8, 20), (10, 8, 10), (16, 8, 16), (3, 3, 3), (9, 1, 1)])
+@pytest.mark.parametrize(
+    ("n", "window", "drawn"), [(20, 8, 20), (10, 8, 10), (16, 8, 16), (3, 3, 3), (9, 1, 1)]
+)
 def test_early_stopping_draws_all_n_where_no_window_agrees(n: int, window: int, drawn: int) -> None:
     """No window agrees where every answer differs; a window of one always does."""
     final = np.arange(24, dtype=np.int64)
