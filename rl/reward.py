@@ -51,7 +51,7 @@ class RewardNet(nn.Module):
 class NanoReward:
     """A reward model as the driver wants it (``ttc.jobs.RewardModel``).
 
-    Texts are completions: thinking, ``</think>``, answer, or any beginning of that. Scores lie in [0, 1], as those of a pooling model
+    Texts are completions: thinking, ``</think>``, answer, or any beginning of that. Scores lie in [0, 1], as a pooling model's
     do (``ttc.rewards``); ``positions`` gives the logits of ``outcome``, as it is trained.
     """
 
