@@ -1,5 +1,5 @@
 """From branches to an answer: votes, weighted votes, the best by a score. Pure; ties are broken by a seeded rule: the least hash
-of (run seed, problem id, answer), so that no answer is favoured over a run's problems (such as "True", which often ties with "False").
+of (run seed, problem id, answer), so that no answer is favoured over a run's problems ("True" of "True" and "False").
 
 Answers are compared through ``Branch.vote``, the representative of each class of equal answers, so that a vote uses the verifier's
 own notion of equality.

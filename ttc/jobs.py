@@ -51,9 +51,10 @@ class Judge(Protocol):
 
 class RewardModel(Protocol):
     """Scores answers for best-of-n and its kin: finite numbers, in [0, 1] where they lead a search, 0 or more where they weigh
-    votes. ``tokens`` says beforehand how many tokens that will read. One that can be charged in eFLOPs has ``shape`` (a ``ModelShape``) and ``reads(problem, texts)``: for each sequence that scoring computes its length in
-    tokens and how many of them it knows already. One that is ``slow``, as behind a server, is asked in other threads, ``at_once``
-    (1) at a time; so is any where the engine is behind a server."""
+    votes. ``tokens`` says beforehand how many tokens that will read. One that can be charged in eFLOPs has ``shape`` (a
+    ``ModelShape``) and ``reads(problem, texts)``: for each sequence that scoring computes its length in tokens and how many of them
+    it knows already. One that is ``slow``, as behind a server, is asked in other threads, ``at_once`` (1) at a time; so is any
+    where the engine is behind a server."""
 
     def tokens(self, problem: Problem, texts: Sequence[str]) -> int: ...
     def score(self, problem: Problem, texts: Sequence[str]) -> Sequence[float]: ...
