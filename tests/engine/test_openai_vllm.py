@@ -249,8 +249,13 @@ def test_chains_are_steered_there_too(engine: OpenAIEngine, server: str, native:
     assert sum(d.generated_tokens for d in done) == sampled - (inserted if native else 0)
     assert sum(d.closed for d in done) > 15
     if native:
-        prompts = [engine.count_prompt(want.problem) for want in wants]
-        assert [d.prompt_tokens for d in done] == prompts, "cap, triggers and answer in one call"
+        for want, one in zip(wants, done, strict=True):
+            answer = one.text.partition("</think>")[2]
+            blank = (
+                answer[:1].isspace() or "</think>" in answer
+            )  # a wild answer may be nothing: it is asked for again
+            once = one.prompt_tokens == engine.count_prompt(want.problem)
+            assert once or blank, "cap, triggers and answer in one call"
     assert sum(d.prompt_tokens for d in done) == after["prompt"] - before["prompt"]
 
 
