@@ -383,7 +383,7 @@ def test_what_has_ended_is_in_the_ledger_even_if_the_caller_walks_away(tmp_path:
     driver.on_step = when_all_have_run
     stream = driver.run(make_problems(3))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     ledger.close()
     lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
     assert {json.loads(line)["problem"] for line in lines} >= {"p0"}

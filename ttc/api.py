@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -223,9 +223,10 @@ class Run:
     def results(self) -> Iterator[Result]:
         """Each problem's result as it finishes. Closes the ledger at the end, whatever the end."""
         try:
-            for result in self.driver.run(self.problems):
-                self._results.append(result)
-                yield result
+            with closing(self.driver.run(self.problems)) as stream:
+                for result in stream:
+                    self._results.append(result)
+                    yield result
         finally:
             self._ended = self._clock()
             self.ledger.close()

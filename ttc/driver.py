@@ -18,14 +18,16 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 from ttc.budget import Budget, Meter, format_amount
 from ttc.cashier import LEASE, Cashier, efforts, rounded_up
 from ttc.closing import Closing
 from ttc.engine.protocol import Engine, Progress, StepReport
-from ttc.errors import BudgetTooSmall, EngineError
+from ttc.errors import BudgetTooSmall, EngineError, InputError, LedgerError
 from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
 from ttc.pricing import Pricer, spent_in
@@ -51,6 +53,25 @@ from ttc.watch import RETRIES, Watch
 
 LOOK_SECONDS = 0.05
 """How often the driver reads where branches are, on an engine that can tell at any time and a budget without leases."""
+
+_TICKETS = count(1)
+"""Tickets are of all drivers: a late word on a branch of one run means nothing to the next run on the same engine."""
+
+_DRIVEN: dict[int, Engine] = {}
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """An engine tells one driver where its branches are: a second run on it waits its turn. Raises InputError."""
+    if id(engine) in _DRIVEN:
+        raise InputError(
+            "engine: another run is under way on it; let that one end (or close its iterator), or open a second engine"
+        )
+    _DRIVEN[id(engine)] = engine
+    try:
+        yield
+    finally:
+        del _DRIVEN[id(engine)]
 
 
 class Driver:
@@ -88,7 +109,7 @@ class Driver:
         self.flights: dict[int, Flight] = {}
         self._ready: list[tuple[float, int, int, Job]] = []
         self._parked: list[Job] = []
-        self._ticket = self._pushes = 0
+        self._pushes = 0
         self._stop = False
         self._begun = self._followed = 0.0
         self.standing: Mapping[int, Progress] = {}
@@ -140,11 +161,15 @@ class Driver:
         return jobs, refused
 
     # -- the loop ----------------------------------------------------------------------------------------------------------
-    def run(self, problems: Sequence[Problem], *, jobs: Sequence[Job] | None = None) -> Iterator[Result]:
+    def run(self, problems: Sequence[Problem], *, jobs: Sequence[Job] | None = None) -> Generator[Result]:
         """Results in the order in which problems finish; those already in the ledger come first and cost nothing again.
 
         Raises EngineError if the engine is gone (the ledger holds all that finished), whatever ``prepare`` raises.
         """
+        with _alone(self.engine):
+            yield from self._run(problems, jobs)
+
+    def _run(self, problems: Sequence[Problem], jobs: Sequence[Job] | None) -> Iterator[Result]:
         refused: Mapping[str, str] = {}
         if jobs is None:
             jobs, refused = self.prepare(problems)
@@ -155,11 +180,11 @@ class Driver:
         by_id = {p.id: p for p in problems}
         for problem_id, why in refused.items():
             self.closing.refused(by_id[problem_id], why, self.base_brief.seed)
-        waiting = deque(self._replay_finished(jobs))
-        if self.budget.scope == "run":
-            while waiting:
-                self._open(waiting.popleft())
         try:
+            waiting = deque(self._replay_finished(jobs))
+            if self.budget.scope == "run":
+                while waiting:
+                    self._open(waiting.popleft())
             while not self._stop:
                 yield from self.closing.results()
                 self.scoring.look()
@@ -179,10 +204,16 @@ class Driver:
                 self.watch.interrupt()
             self.scoring.close()
             yield from self.closing.results(wait=True)
-        finally:  # the engine is gone, or the caller has seen enough: what has ended is kept all the same
-            self.scoring.close()
-            for _ in self.closing.results(wait=True):
-                pass
+        except EngineError:
+            self.watch.settle_lost("the engine stopped")
+            raise
+        finally:  # the engine is gone, or the caller has seen enough: nothing runs on, and what has ended is kept all the same
+            try:
+                self.watch.interrupt()
+            finally:
+                self.scoring.close()
+                for _ in self.closing.results(wait=True):
+                    pass
 
     @property
     def overrun(self) -> float:
@@ -195,11 +226,7 @@ class Driver:
 
     def _turn(self) -> None:
         before = self.clock()
-        try:
-            report = self.engine.step()
-        except EngineError:
-            self.watch.settle_lost("the engine stopped")
-            raise
+        report = self.engine.step()
         now = self.clock()
         self.cashier.longest_step = max(self.cashier.longest_step * 0.98, now - before)
         self._take(report, now)
@@ -219,14 +246,13 @@ class Driver:
         for probed in report.probes:
             self.steering.hear(probed)
         for ticket, completion in report.finished:
-            landed = self.flights.pop(ticket, None)
+            landed = self.flights.get(ticket)
             if landed is not None:
-                self.status.running_tokens -= landed.tokens
                 self._land(ticket, landed, completion, now)
         self.steering.wake()
 
-    def follow(self, places: Mapping[int, Progress], now: float) -> None:
-        """Note where running branches are; extend the leases that have run out."""
+    def follow(self, places: Mapping[int, Progress], now: float, *, gone: bool = False) -> None:
+        """Note where running branches are; extend the leases that have run out (unless the engine is ``gone``)."""
         running = self.status.running_tokens
         for ticket, progress in places.items():
             flight = self.flights.get(ticket)
@@ -237,7 +263,7 @@ class Driver:
                 flight.tokens, flight.moved = progress.tokens, now
             if progress.weight_reads is not None:
                 flight.reads = progress.weight_reads
-            if flight.lease_end is not None and flight.tokens >= flight.lease_end:
+            if flight.lease_end is not None and flight.tokens >= flight.lease_end and not gone:
                 self._extend(ticket, flight)
         self.status.running_tokens, self._followed = running, now
 
@@ -263,8 +289,8 @@ class Driver:
         try:
             job.routine = self.policy.run(job.problem, job.brief)
             self.advance(job, None)
-        except Exception as error:  # a policy's own failure is this problem's, not the run's
-            self.fail(job, f"policy {self.policy.name}: {type(error).__name__}: {error}")
+        except Exception as error:
+            self.blame(job, error)
 
     def advance(self, job: Job, reply: Reply | None) -> None:
         """Send a reply to the job's routine and take its next work; ends the job when the routine returns."""
@@ -288,10 +314,12 @@ class Driver:
             if not work.requests:
                 reply = Reply(remaining=job.account.meter.remaining)
                 continue
-            self._accept(job, work)
-            return
+            reply = self._accept(job, work)
+            if reply is None:
+                return
 
-    def _accept(self, job: Job, work: Generate) -> None:
+    def _accept(self, job: Job, work: Generate) -> Reply | None:
+        """Take on ``work``; a reply, if an earlier session has done all of it."""
         if job.flights or job.pending:
             raise RuntimeError("steered branches are still running; cancel or await them before Generate")
         job.work, job.slots, job.arrived, job.cancelled = work, [None] * len(work.requests), [], False
@@ -306,10 +334,11 @@ class Driver:
         ]
         for _, slot, branch in sorted(recorded, key=lambda item: item[:2]):
             job.pending = deque((s, r) for s, r in job.pending if s != slot)
-            self.arrive(job, slot, branch, replayed=work.requests[slot])
-            if job.work is not work:
-                return
-        if job.work is work and job.pending:
+            self._note(job, slot, branch, work.requests[slot])
+            reply = self._consider(job)
+            if reply is not None:
+                return reply
+        if job.pending:
             if job.account is self.run_account and job.started and not any(b.usable for b in job.branches):
                 least = self.cashier.answer_after(job, job.pending[0][1], 0)
                 least = max(least, job.account.meter.promised(-1 - job.order))
@@ -317,6 +346,7 @@ class Driver:
                     -1 - job.order, least
                 )  # no other problem may spend what it answers with
             self.push(job)
+        return None
 
     def push(self, job: Job) -> None:
         first = float(job.started) if self.budget.scope == "run" else 0.0
@@ -398,8 +428,7 @@ class Driver:
         self.engine.submit(ticket, request)
 
     def new_ticket(self) -> int:
-        self._ticket += 1
-        return self._ticket
+        return next(_TICKETS)
 
     def _extend(self, ticket: int, flight: Flight) -> None:
         """A lease has run out: hold the price of the next tokens, or end the thought inside what is held."""
@@ -439,7 +468,6 @@ class Driver:
         job.account.planned -= flight.expected
         job.flights.discard(ticket)
         job.tickets.pop(flight.request.index, None)
-        self._unpark()
         retry = (
             completion.finish == "error"
             and flight.attempts < RETRIES
@@ -449,6 +477,7 @@ class Driver:
         if retry and job.account.meter.fits(
             self.cashier.most(job, flight.request, flight.request.thinking_tokens)
         ):
+            self._gone(ticket, flight)
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
         job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
@@ -456,9 +485,16 @@ class Driver:
         self.ledger.write_branch(
             branch, flight.request, interrupted=self._stop and completion.finish == "abort"
         )
+        self._gone(ticket, flight)
         self.cashier.learn(branch)
         self.cashier.set_aside(job, flight.request, branch)
         self.arrive(job, flight.slot, branch)
+
+    def _gone(self, ticket: int, flight: Flight) -> None:
+        """A flight has landed, and is on record: what waits for its money may try again."""
+        del self.flights[ticket]
+        self.status.running_tokens -= flight.tokens
+        self._unpark()
 
     def branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
         """What a flight became, with its answer and vote."""
@@ -474,6 +510,23 @@ class Driver:
     def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
         """A branch of the job's current work is there (``replayed``: what it was asked for in an earlier session); replies to the
         policy when all are."""
+        self._note(job, slot, branch, replayed)
+        if job.failed:
+            if not job.flights:
+                self._close(job, None, "error", {}, job.failed)
+            return
+        if isinstance(job.work, Steer):
+            job.news.append(branch)
+            self.steering.touch(job)
+            return
+        try:
+            reply = self._consider(job)
+            if reply is not None:
+                self.advance(job, reply)
+        except Exception as error:
+            self.blame(job, error)
+
+    def _note(self, job: Job, slot: int, branch: Branch, replayed: Request | None) -> None:
         job.slots[slot] = branch
         job.open -= 1
         job.arrived.append(branch)
@@ -487,20 +540,9 @@ class Driver:
             self.status.replayed_tokens += branch.charge.tokens
             job.started += 1
             self.cashier.learn(branch)
-        if job.failed:
-            if not job.flights:
-                self._close(job, None, "error", {}, job.failed)
-            return
-        if isinstance(job.work, Steer):
-            job.news.append(branch)
-            self.steering.touch(job)
-            return
-        try:
-            self._consider(job)
-        except Exception as error:
-            self.fail(job, f"policy {self.policy.name}: {type(error).__name__}: {error}")
 
-    def _consider(self, job: Job) -> None:
+    def _consider(self, job: Job) -> Reply | None:
+        """Cancel the rest of the job's work if its policy has seen enough; the reply, once all of it is there."""
         work = job.work
         assert isinstance(work, Generate)
         if work.until is not None and not job.cancelled:
@@ -517,10 +559,10 @@ class Driver:
                 job.pending.clear()
                 self.engine.abort(sorted(job.flights))
         if job.pending or job.flights or job.open:
-            return
+            return None
         branches = tuple(b for b in job.slots if b is not None)
         job.work = None
-        self.advance(job, Reply(branches=branches, remaining=job.account.meter.remaining))
+        return Reply(branches=branches, remaining=job.account.meter.remaining)
 
     # -- the end of a problem ----------------------------------------------------------------------------------------------
     def finish(self, job: Job, outcome: Outcome) -> None:
@@ -540,15 +582,18 @@ class Driver:
         stop = "budget" if job.denied and outcome.stop == "samples" else outcome.stop
         self._close(job, outcome.answer, stop, outcome.votes, error)
 
-    def fail(self, job: Job, error: str) -> None:
-        """The problem's own failure (its policy raised): it ends with that as its error, when nothing of it runs any more."""
-        job.failed = error
+    def blame(self, job: Job, error: Exception) -> None:
+        """The problem's own failure: its policy (or what that called) raised. It ends with that as its error, when nothing of it
+        runs any more. An engine that is gone, or a ledger that can't be written, is the run's failure, and raised again."""
+        if isinstance(error, EngineError | LedgerError):
+            raise error
+        job.failed = f"policy {self.policy.name}: {type(error).__name__}: {error}"
         job.pending.clear()
         job.routine = None
         if job.flights:
             self.engine.abort(sorted(job.flights))
         else:
-            self._close(job, None, "error", {}, error)
+            self._close(job, None, "error", {}, job.failed)
 
     def _close(self, job: Job, answer: str | None, stop: str, votes: Mapping[str, float], error: str) -> None:
         if self.run_account is not None:

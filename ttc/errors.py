@@ -4,6 +4,7 @@ TTCError
  ├─ InputError(ValueError)      bad input from a user: a field, its value and the mend (CLI exit code 2)
  ├─ BudgetTooSmall(InputError)  a budget that cannot buy one answer; carries the least that would do
  ├─ EngineError(RuntimeError)   an engine that failed, could not start or cannot be reached
+ ├─ LedgerError(RuntimeError)   a run directory that can't be written any more (a full disk)
  └─ VerifierError(RuntimeError) a verifier that broke or ran out of its time on one answer
 """
 
@@ -35,6 +36,10 @@ class EngineError(TTCError, RuntimeError):
     def __init__(self, message: str, *, retryable: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class LedgerError(TTCError, RuntimeError):
+    """A line of the ledger could not be written."""
 
 
 class VerifierError(TTCError, RuntimeError):

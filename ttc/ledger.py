@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from ttc.errors import InputError
+from ttc.errors import InputError, LedgerError
 from ttc.types import Branch, Charge, Completion, Decision, Fork, Probe, Request, Result, Verdict
 
 T = TypeVar("T")
@@ -179,9 +179,15 @@ class Ledger:
         file = self._files.get(name)
         if file is None:
             return
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
-        if sync:
-            file.flush()  # to the kernel: survives kill -9 of this process
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        try:
+            file.write(line)
+            if sync:
+                file.flush()  # to the kernel: survives kill -9 of this process
+        except OSError as error:
+            raise LedgerError(
+                f"out: {self.directory} can't be written ({error.strerror}); make room there, and repeat the command to resume"
+            ) from error
 
     def close(self) -> None:
         for file in self._files.values():

@@ -223,5 +223,5 @@ class Scoring:
             return
         try:
             driver.advance(job, reply)
-        except Exception as error:  # a policy's own failure is this problem's, not the run's
-            driver.fail(job, f"policy {driver.policy.name}: {type(error).__name__}: {error}")
+        except Exception as error:
+            driver.blame(job, error)

@@ -94,8 +94,8 @@ class Steering:
                 reply = self._news(job)
                 if reply is not None:
                     self.driver.advance(job, reply)
-            except Exception as error:  # a policy's own failure is this problem's, not the run's
-                self.driver.fail(job, f"policy {self.driver.policy.name}: {type(error).__name__}: {error}")
+            except Exception as error:
+                self.driver.blame(job, error)
 
     def _cancel(self, job: Job, index: int, why: str) -> None:
         job.quiet.add(index)

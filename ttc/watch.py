@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ttc.errors import EngineError
 from ttc.jobs import Flight
-from ttc.types import Charge, Completion
+from ttc.types import Completion
 
 if TYPE_CHECKING:
     from ttc.driver import Driver
 
 RETRIES = 2
 """How often the driver issues a failed request again (engines retry their own transport errors themselves)."""
+
+PATIENCE_SECONDS, PATIENCE_STEPS = 5.0, 100
+"""How long, and for how many steps at the least, the driver waits to hear how cancelled branches ended when a run is stopped."""
 
 
 class Watch:
@@ -59,33 +63,44 @@ class Watch:
             self.driver.decide(flights[ticket].job, "cancel 1", why, 0.0)
 
     def interrupt(self) -> None:
-        """Cancel what runs and record it, so that its tokens are accounted for when the run is resumed."""
-        flights, engine = self.driver.flights, self.driver.engine
-        engine.abort(sorted(flights))
-        for _ in range(100):
-            if not flights:
-                return
-            for ticket, completion in engine.step().finished:
-                flight = flights.pop(ticket, None)
-                if flight is not None:
-                    charge = self._record(flight, completion, interrupted=completion.finish == "abort")
-                    self.driver.closing.charge(flight.job, charge)
+        """Cancel what runs and record it, so that its tokens are accounted for when the run is resumed. An engine that dies over
+        it, or does not say what became of a branch in ``PATIENCE_SECONDS``, loses the count of the last tokens at the most."""
+        flights, engine, clock = self.driver.flights, self.driver.engine, self.driver.clock
+        if not flights:
+            return
+        try:
+            engine.abort(sorted(flights))
+            begun, steps = clock(), 0
+            while flights and (steps < PATIENCE_STEPS or clock() - begun < PATIENCE_SECONDS):
+                steps += 1
+                report = engine.step()
+                self.driver.follow(report.progress, clock(), gone=True)
+                for ticket, completion in report.finished:
+                    flight = flights.get(ticket)
+                    if flight is not None:
+                        self._record(flight, completion)
+                        del flights[ticket]
+        except EngineError:
+            pass  # the run was to end anyway, and what it has cost is recorded below
+        finally:
+            self.settle_lost("the engine did not say how it ended")
 
     def settle_lost(self, why: str) -> None:
         """The engine is gone: what was running is charged at what was last seen of it."""
-        self.driver.follow(self.driver.standing, self.driver.clock())
-        for flight in self.driver.flights.values():
+        driver = self.driver
+        driver.follow(driver.standing, driver.clock(), gone=True)
+        for ticket, flight in list(driver.flights.items()):
             lost = Completion(
-                "", "abort", self.driver.cashier.prompt(flight.job, flight.request) if flight.tokens else 0, flight.tokens,
+                "", "abort", driver.cashier.prompt(flight.job, flight.request) if flight.tokens else 0, flight.tokens,
                 weight_reads=flight.reads, error=why,
             )  # fmt: skip
-            self._record(flight, lost, interrupted=True)
-        self.driver.flights.clear()
+            self._record(flight, lost)
+            del driver.flights[ticket]
 
-    def _record(self, flight: Flight, completion: Completion, *, interrupted: bool) -> Charge:
+    def _record(self, flight: Flight, completion: Completion) -> None:
         driver = self.driver
         seconds = driver.clock() - flight.submitted
         charge = flight.carried + driver.pricer.charge(flight.request, completion, seconds)
-        branch = driver.branch(flight, completion, charge)
-        driver.ledger.write_branch(branch, flight.request, interrupted=interrupted)
-        return charge
+        driver.closing.charge(flight.job, charge)
+        cut = completion.finish not in ("stop", "length")
+        driver.ledger.write_branch(driver.branch(flight, completion, charge), flight.request, interrupted=cut)

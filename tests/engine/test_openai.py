@@ -291,6 +291,32 @@ def test_closing_in_the_middle_leaves_nothing() -> None:
         engine._running.clear()
 
 
+def test_what_was_taken_while_the_server_was_away_runs_when_it_is_back() -> None:
+    heard = threading.Event()
+
+    def model(call: Call) -> Script:
+        gate = (
+            (lambda position: position < 3 or heard.is_set()) if call.number == 0 else (lambda position: True)
+        )
+        return Script("t" * 12 + "</think>7", gate=gate)
+
+    with serving(model) as (engine, server):
+        engine.submit(0, request())
+        seen(engine, 3)
+
+        def away() -> None:  # at one go: no event comes between
+            engine._setting.unreachable = "refused"
+            for ticket in (1, 2):
+                engine._start(ticket, request(index=ticket))
+            engine._abort([2])
+            heard.set()
+
+        engine._on_loop(away)
+        first, second, third = collect(engine, [0, 1, 2])
+        assert (first.finish, second.finish, third.finish) == ("stop", "stop", "abort")
+        assert third.output_tokens == 0
+
+
 def test_any_thread_may_use_it() -> None:
     with serving(answers_by("a", "b"), concurrency=8) as (engine, _):
 

@@ -85,6 +85,7 @@ class OpenAIEngine:
         self._probed: list[Probed] = []
         self._woken = False
         self._running: dict[int, Runner] = {}
+        self._held: dict[int, Request] = {}  # taken while the server could not be reached
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = Counters()
         self._loop = asyncio.new_event_loop()
@@ -298,6 +299,8 @@ class OpenAIEngine:
             gone = self._setting.unreachable
             if gone and not self._running and not report.finished:
                 raise EngineError(f"{self._server.url} can't be reached any more: {gone}", retryable=True)
+        if self._held and not gone:
+            self._on_loop(self._release)
         return report
 
     def wake(self) -> None:
@@ -332,7 +335,10 @@ class OpenAIEngine:
     # -- on the loop -------------------------------------------------------------------------------
     def _start(self, ticket: int, request: Request) -> None:
         if self._setting.unreachable:
-            return  # never runs: the step that has nothing left to report says that the server is gone
+            self._held[ticket] = (
+                request  # until another branch hears of the server, or a step says that it is gone
+            )
+            return
 
         def moved(tokens: int) -> None:
             with self._news:
@@ -368,8 +374,17 @@ class OpenAIEngine:
             self._counters, **{name: getattr(self._counters, name) + value for name, value in more.items()}
         )
 
+    def _release(self) -> None:
+        held, self._held = self._held, {}
+        for ticket, request in held.items():
+            self._start(ticket, request)
+
     def _abort(self, tickets: Sequence[int]) -> None:
         for ticket in tickets:
+            if self._held.pop(ticket, None) is not None:
+                with self._news:
+                    self._finished.append((ticket, Completion("", "abort", 0, 0)))
+                    self._news.notify_all()
             if (runner := self._running.get(ticket)) is not None:
                 runner.abort()
 

@@ -1,0 +1,155 @@
+"""Runs that end early, share an engine, or go on from an earlier session: no token is lost, none is another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_problems
+from tests.test_driver import Dies, EarlyStop, make_driver
+from ttc.api import Run, Settings, run
+from ttc.budget import Budget
+from ttc.engine.fake import FakeEngine, Script
+from ttc.errors import EngineError, InputError, LedgerError
+from ttc.jobs import Status
+from ttc.ledger import Ledger
+from ttc.policies import parse
+from ttc.types import Request
+
+
+def ledger_tokens(ledger: Ledger) -> int:
+    """All that the branches of a run directory were charged, those that were cut too."""
+    cut = sum(charge.tokens for charges in ledger.interrupted.values() for charge in charges)
+    return cut + sum(r.branch.charge.tokens for rows in ledger._recorded.values() for r in rows)
+
+
+# -- one engine, several runs --------------------------------------------------------------------------------------------------
+def test_an_abandoned_run_leaves_the_engine_empty_and_its_tokens_on_record(tmp_path: Path) -> None:
+    def writer(request: Request, issued: int) -> Script:
+        slow = request.problem.id in ("p1", "p2") and issued == 0
+        return Script(60 if slow else 5, "old" if slow else request.problem.gold or "", 1)
+
+    engine = FakeEngine(writer, concurrency=64)
+    for result in run(
+        make_problems(3), engine=engine, budget="100k tokens", policy="self-consistency?n=3", out=tmp_path
+    ):
+        assert result.problem_id == "p0"
+        break
+    assert not engine._live
+    assert ledger_tokens(_read(tmp_path)) == engine.counters().output_tokens
+
+    results = list(run(make_problems(3), engine=engine, budget="100k tokens", policy="self-consistency?n=3"))
+    assert {r.problem_id: r.answer for r in results} == {"p0": "0", "p1": "1", "p2": "2"}
+    assert {r.charge.tokens for r in results} == {3 * 7}
+
+
+def _read(directory: Path) -> Ledger:
+    ledger = Ledger(directory)
+    ledger._load()
+    return ledger
+
+
+def test_a_second_run_on_a_busy_engine_is_refused_and_does_not_disturb_the_first() -> None:
+    engine = FakeEngine(concurrency=4)
+    first = run(make_problems(6), engine=engine, policy="self-consistency?n=2")
+    done = [next(first)]
+    with pytest.raises(InputError, match="another run is under way on it"):
+        next(run(make_problems(2), engine=engine, policy="greedy"))
+    assert len(done + list(first)) == 6
+    assert len(list(run(make_problems(2), engine=engine, policy="greedy"))) == 2
+
+
+# -- engines and disks that fail -----------------------------------------------------------------------------------------------
+class DiesOn(FakeEngine):
+    """An engine that is gone at the ``verb``: at its first "abort", or its fifth "submit"."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(lambda request, issued: Script(20 + 9 * request.index, "7", 1), concurrency=5)
+        self.verb, self.calls = verb, 0
+
+    def submit(self, ticket: int, request: Request) -> None:
+        self.calls += 1
+        if self.verb == "submit" and self.calls > 6:
+            raise EngineError("the engine died")
+        super().submit(ticket, request)
+
+    def abort(self, tickets):  # type: ignore[no-untyped-def]
+        if self.verb == "abort":
+            raise EngineError("the engine died")
+        super().abort(tickets)
+
+
+@pytest.mark.parametrize("verb", ["submit", "abort"])
+def test_an_engine_that_dies_at_any_verb_loses_no_flight(verb: str, tmp_path: Path) -> None:
+    engine, ledger = DiesOn(verb), Ledger.open(tmp_path, {})
+    policy = parse("self-consistency?n=4") if verb == "submit" else EarlyStop(6)
+    driver = make_driver(engine, policy, Budget(10_000, "tokens"), ledger=ledger)
+    with pytest.raises(EngineError, match="died"):
+        list(driver.run(make_problems(3)))
+    ledger.close()
+    assert (
+        ledger_tokens(_read(tmp_path)) == driver.status.charge.tokens == engine.counters().output_tokens > 0
+    )
+    assert not _read(tmp_path).results, "a dead engine is no problem's own failure"
+
+
+def test_an_engine_that_dies_as_the_run_is_stopped_loses_no_flight(tmp_path: Path) -> None:
+    engine = Dies(10, concurrency=5, writer=lambda request, issued: Script(50, "7", 1))
+    ledger = Ledger.open(tmp_path, {})
+    driver = make_driver(engine, parse("self-consistency?n=4"), Budget(10_000, "tokens"), ledger=ledger)
+
+    def stop_late(status: Status) -> None:
+        if engine.steps_left == 0:
+            driver.stop()
+
+    driver.on_step = stop_late
+    assert list(driver.run(make_problems(3))) == []
+    ledger.close()
+    assert (
+        ledger_tokens(_read(tmp_path)) == driver.status.charge.tokens == engine.counters().output_tokens == 50
+    )
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_blames_no_problem(tmp_path: Path) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None: ...
+        def fileno(self) -> int:
+            return ledger._files["results"].fileno()
+
+        def close(self) -> None: ...
+
+    ledger = Ledger.open(tmp_path, {})
+    engine = FakeEngine()
+    driver = make_driver(engine, parse("self-consistency?n=4"), Budget(10_000, "tokens"), ledger=ledger)
+    ledger._files["branches"].close()
+    ledger._files["branches"] = Full()  # type: ignore[assignment]
+    with pytest.raises(LedgerError, match=r"can't be written \(No space left on device\)"):
+        list(driver.run(make_problems(3)))
+    ledger.close()
+    assert not engine._live
+
+
+# -- resuming ------------------------------------------------------------------------------------------------------------------
+def test_a_long_policy_that_asks_one_at_a_time_resumes(tmp_path: Path) -> None:
+    text = "adaptive-consistency?n=400&confidence=1.0"
+
+    def engine() -> FakeEngine:
+        return FakeEngine(lambda request, issued: Script(2, str(request.index), 1))
+
+    settings = Settings(policy=text, budget="1M tokens")
+    first = Run(make_problems(1), engine(), settings, out=tmp_path)
+
+    def stop_late(status: Status) -> None:
+        if status.samples >= 300:
+            first.stop()
+
+    first.driver.on_step = stop_late
+    assert list(first.results()) == []
+    second = engine()
+    [result] = Run(make_problems(1), second, settings, out=tmp_path).results()
+    assert (result.error, len(result.branches)) == ("", 400)
+    assert 100 <= second.counters().requests <= 101
