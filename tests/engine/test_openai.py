@@ -300,7 +300,7 @@ def test_what_was_taken_while_the_server_was_away_runs_when_it_is_back() -> None
         )
         return Script("t" * 12 + "</think>7", gate=gate)
 
-    with serving(model) as (engine, server):
+    with serving(model) as (engine, _):
         engine.submit(0, request())
         seen(engine, 3)
 
