@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, Script
 from ttc.errors import EngineError, InputError, LedgerError
 from ttc.jobs import Status
-from ttc.ledger import Ledger
+from ttc.ledger import COMPARED, Ledger
 from ttc.policies import parse
 from ttc.types import Request
 
@@ -133,6 +134,18 @@ def test_a_full_disk_ends_the_run_in_one_line_and_blames_no_problem(tmp_path: Pa
     assert not engine._live
 
 
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_under_eflops_a_failed_request_is_issued_again_if_a_lease_of_it_fits(share: float) -> None:
+    engine = FakeEngine(lambda request, issued: Script(20, "7", 1, fails_at=5 if issued == 0 else None))
+    policy = parse("self-consistency?n=1")
+    probe = make_driver(engine, policy, Budget(1e18, "eflops"), cap=4000)
+    [job], _ = probe.prepare(make_problems(1))
+    whole = probe.cashier.most(job, job.brief.request(job.problem, 0), 4000)
+    driver = make_driver(engine, policy, Budget(share * whole, "eflops"), cap=4000)
+    [result] = driver.run(make_problems(1))
+    assert (result.answer, result.error, driver.overrun) == ("7", "", 0.0)
+
+
 # -- resuming ------------------------------------------------------------------------------------------------------------------
 def test_a_long_policy_that_asks_one_at_a_time_resumes(tmp_path: Path) -> None:
     text = "adaptive-consistency?n=400&confidence=1.0"
@@ -153,3 +166,23 @@ def test_a_long_policy_that_asks_one_at_a_time_resumes(tmp_path: Path) -> None:
     [result] = Run(make_problems(1), second, settings, out=tmp_path).results()
     assert (result.error, len(result.branches)) == ("", 400)
     assert 100 <= second.counters().requests <= 101
+
+
+CHANGED = {
+    "policy": "greedy", "budget": "2k tokens", "scope": "run", "seed": 1, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
+    "max_thinking_tokens": 9, "effort": 0.5, "kv_budget": None, "kv_method": None, "intensity": 1.0,
+    "price": {"usd_per_m_output": 2.0},
+}  # fmt: skip
+"""Another value of each setting (None: the fake engine takes none; both are in COMPARED)."""
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Settings)])
+def test_a_run_is_not_resumed_under_another_setting(name: str, tmp_path: Path) -> None:
+    """A new setting has no entry in CHANGED, and fails here until it is compared."""
+    value = CHANGED[name]
+    if value is None:
+        assert name in COMPARED
+        return
+    list(Run(make_problems(1), FakeEngine(), Settings(budget="1k tokens"), out=tmp_path).results())
+    with pytest.raises(InputError, match="this run was started with"):
+        Run(make_problems(1), FakeEngine(), Settings(**{"budget": "1k tokens", name: value}), out=tmp_path)  # type: ignore[arg-type]

@@ -468,6 +468,7 @@ class Driver:
         job.account.planned -= flight.expected
         job.flights.discard(ticket)
         job.tickets.pop(flight.request.index, None)
+        thinking = flight.request.thinking_tokens
         retry = (
             completion.finish == "error"
             and flight.attempts < RETRIES
@@ -475,7 +476,7 @@ class Driver:
             and flight.request.index not in job.quiet
         )
         if retry and job.account.meter.fits(
-            self.cashier.most(job, flight.request, flight.request.thinking_tokens)
+            self.cashier.most(job, flight.request, min(LEASE, thinking) if self.cashier.leased else thinking)
         ):
             self._gone(ticket, flight)
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
