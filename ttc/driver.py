@@ -51,7 +51,7 @@ from ttc.types import (
 )
 from ttc.watch import RETRIES, Watch
 
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.2
 """How often the driver reads where branches are, on an engine that can tell at any time and a budget without leases."""
 
 _TICKETS = count(1)
