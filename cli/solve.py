@@ -296,11 +296,11 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
     if run.interrupted:
         done = f"{len(results)} of {len(run.problems)} problems are done"
         how = (
-            f"and saved; the same command resumes in {out}"
+            f" and saved; the same command resumes in {out}"
             if out is not None
             else "; give --out DIR to be able to resume"
         )
-        stderr.print(f"ttc: stopped: {done} {how}")
+        stderr.print(f"ttc: stopped: {done}{how}")
         raise typer.Exit(3)
     for result in results:
         if result.error and not as_json:
