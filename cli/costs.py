@@ -161,7 +161,7 @@ def _show_cost(result: dict[str, Any]) -> None:
     stdout.print(table)
     m = result["model"]
     stdout.print(
-        f"{m['name']}: {m['params'] / 1e9:.3g} B parameters ({m['active_params'] / 1e9:.3g} B active), "
+        f"{m['name']}: {_count(m['params'])} parameters ({_count(m['active_params'])} active), "
         f"{m['kv_bytes_per_token'] / 1024:.4g} KiB of KV a token; {result['intensity']:g} FLOP/byte; "
         f"seconds: {result['full']['seconds_basis']}."
     )
@@ -170,8 +170,15 @@ def _show_cost(result: dict[str, Any]) -> None:
         stdout.print(f"Iterative deepening: {words}; nothing is prefilled again.")
 
 
+def _count(parameters: float) -> str:
+    """A model's size in the letters of its name: 8.2 B, 820 k."""
+    return si(parameters).replace("G", "B")
+
+
 def plan(
-    budget: Annotated[str, typer.Option(help="Per problem: '40 TeFLOPs', '20k tokens', '30 s', '$0.05'.")],
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Per problem: '40 TeFLOPs', '20k tokens', '30 s', '$0.05'.")
+    ],
     model: Models = None,
     data: Annotated[
         list[Path] | None,

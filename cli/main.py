@@ -1,7 +1,7 @@
 """The ``ttc`` command: registers the commands and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 2 bad input; 3 stopped by the user or a signal, everything so far saved; 1 anything else. Nothing here imports
-torch, vLLM, ray or transformers, and each command imports what it needs when it runs.
+Exit codes: 0 done; 2 bad input; 3 stopped by the user or a signal, everything so far saved; 1 anything else, such as a run of which
+every problem failed. Nothing here imports torch, vLLM, ray or transformers, and each command imports what it needs when it runs.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ class Live:
         unit = self.budget.unit
         whole = self.budget.amount * (status.problems if self.budget.scope == "problem" else 1)
         spent = spent_in(unit, status.charge) if unit != "seconds" else status.seconds
+        spent += status.running_tokens if unit == "tokens" else 0
         tokens = status.charge.tokens - status.replayed_tokens + status.running_tokens
         low, high = wilson(status.correct, status.scored)
         parts = [
@@ -111,8 +112,9 @@ def print_line(problem: Problem, result: Result, console: Console = stderr) -> N
     mark, style = ("?", "") if verdict is None else (("✓", "green") if verdict.correct else ("✗", "red"))
     if result.error:
         mark, style = "!", "red"
+    scores = any(w != int(w) for w in result.votes.values())
     votes = "  ".join(
-        f"{_short(a, 10)}×{_weight(w)}"
+        f"{_short(a, 10)} ({_weight(w)})" if scores else f"{_short(a, 10)}×{_weight(w)}"
         for a, w in sorted(result.votes.items(), key=lambda item: -item[1])[:4]
     )
     question = _short(
@@ -144,8 +146,9 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, repl
     table.add_row(
         "problems", f"{summary['answered']} of {summary['problems']} answered{failed}{skipped}{resumed}"
     )
-    stops = ", ".join(f"{count} {why}" for why, count in sorted(summary["stopped"].items()))
-    table.add_row("samples", f"{summary['samples']}  (stopped by: {stops})")
+    ends = ", ".join(f"{count} {_ENDS.get(why, why)}" for why, count in sorted(summary["stopped"].items()))
+    table.add_row("ended", ends)
+    table.add_row("samples", f"{summary['samples']:,}")
     table.add_row(
         "tokens",
         f"{spent['tokens']:,}  ({spent['tokens_generated']:,} generated, {spent['tokens_forced']:,} forced"
@@ -170,6 +173,15 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, repl
         "budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}"
     )
     console.print(table)
+
+
+_ENDS = {
+    "samples": "with all samples",
+    "budget": "out of budget",
+    "confident": "sure before that",
+    "error": "in an error",
+}
+"""What ``Result.stop`` says of a problem."""
 
 
 def _without_unit(amount: str, unit: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttc.errors import InputError
+from ttc.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from ttc.api import Run
@@ -38,7 +38,7 @@ Model = Annotated[
 ]
 Engine = Annotated[
     str,
-    _model("--engine", help="'vllm' (in this process) or 'openai:URL' (a running server)."),
+    _model("--engine", help="'vllm' (in this process) or 'openai:URL' (a server; its key: OPENAI_API_KEY)."),
 ]
 PolicyOption = Annotated[
     str,
@@ -133,11 +133,14 @@ def solve(
         for name, value, mend in (
             ("kv-page", kv_page, "--block-size"),
             ("kv-when", kv_when, "TTC_SPARSE in its environment"),
+            ("think-close", think_close, "the model's own files, beside the server"),
         ):
             if value is not None:
                 raise InputError(f"{name}: is set where the server is started ({mend}); leave it out")
-        options |= {"shape": _shape(shape)} if shape is not None else {}
+        options |= {"context": context} | ({"shape": _shape(shape)} if shape is not None else {})
     else:
+        if shape is not None:
+            raise InputError("shape: the engine in this process knows its model's shape; leave it out")
         model = model or DEFAULT_MODEL
         options |= {"context": context, "think_close": think_close}
         page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
@@ -156,7 +159,7 @@ def solve(
             skipped += long
         run = Run(problems, opened, settings, out=out, skipped_rows=skipped, reward=judge)
         results = _follow(run, quiet=quiet or as_json, lines=len(problems) > 1)
-        _close(run, results, as_json=as_json, out=out, single=len(problems) == 1 and text is not None)
+        _close(run, results, as_json=as_json, single=len(problems) == 1 and text is not None)
 
 
 def demo(
@@ -256,13 +259,23 @@ def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
         stderr.print(f"ttc: skipped {line}")
     by_id = {p.id: p for p in run.problems}
     results: list[Result] = []
-    with _signals(run), Live(run.budget, len(run.problems), quiet=quiet) as live:
-        run.driver.on_step = live.update
-        for result in run.results():
-            results.append(result)
-            if lines and not quiet and (len(run.problems) <= 40 or result.error):
-                print_line(by_id[result.problem_id], result)
+    try:
+        with _signals(run), Live(run.budget, len(run.problems), quiet=quiet) as live:
+            run.driver.on_step = live.update
+            for result in run.results():
+                results.append(result)
+                if lines and not quiet and (len(run.problems) <= 40 or result.error):
+                    print_line(by_id[result.problem_id], result)
+    except EngineError as error:
+        raise EngineError(f"{error}; {_saved(run, len(results))}") from error
     return results
+
+
+def _saved(run: Run, done: int) -> str:
+    """How far a run came that ended early, and how to go on."""
+    out = run.ledger.directory
+    how = f" and saved; the same command resumes in {out}" if out else "; give --out DIR to be able to resume"
+    return f"{done} of {len(run.problems)} problems are done{how}"
 
 
 @contextmanager
@@ -281,7 +294,7 @@ def _signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, single: bool) -> None:
+def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> None:
     from ttc.cli.render import print_answer, print_summary, stderr
 
     summary = run.summary()
@@ -294,13 +307,7 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
     else:
         print_summary(summary, replayed_tokens=run.status.replayed_tokens)
     if run.interrupted:
-        done = f"{len(results)} of {len(run.problems)} problems are done"
-        how = (
-            f" and saved; the same command resumes in {out}"
-            if out is not None
-            else "; give --out DIR to be able to resume"
-        )
-        stderr.print(f"ttc: stopped: {done}{how}")
+        stderr.print(f"ttc: stopped: {_saved(run, len(results))}")
         raise typer.Exit(3)
     for result in results:
         if result.error and not as_json:
@@ -308,3 +315,5 @@ def _close(run: Run, results: list[Result], *, as_json: bool, out: Path | None, 
     sys.stdout.flush()
     if single and results and results[0].answer is None and results[0].error.startswith("budget:"):
         raise typer.Exit(2)
+    if results and all(result.error for result in results):
+        raise typer.Exit(1)

@@ -363,8 +363,13 @@ def _check_needs(policy: Policy, signals: Sequence[str], engine: str) -> None:
     for need in getattr(policy, "needs", ()):
         if need not in ("reward", "control", "steps", "effort", "insert") and need not in signals:
             known = ", ".join(signals) or "none"
+            mend = (
+                "give one that it has, as in best-of-n?score=" + signals[0]
+                if signals
+                else "use another policy"
+            )
             raise InputError(
-                f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known})"
+                f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known}); {mend}"
             )
 
 

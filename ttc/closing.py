@@ -27,6 +27,11 @@ class Judged:
     error: str = ""
 
 
+def _wrong(problem: Problem) -> Verdict | None:
+    """A problem that failed counts as wrong, where there is an answer to be right about."""
+    return Verdict(False, 0.0) if problem.gold is not None else None
+
+
 class Closing:
     """Turns problems that ended into results: ``close`` as they end, ``results`` for those that are ready. Not to be called from
     more than one thread."""
@@ -75,7 +80,7 @@ class Closing:
                 return
             self._queue.popleft()
             if job is not None:
-                found = future.result() if future is not None else Judged()
+                found = future.result() if future is not None else Judged(_wrong(job.problem))
                 result = replace(
                     result, verdict=found.verdict, right=found.right, error=found.error or result.error
                 )

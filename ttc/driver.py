@@ -4,7 +4,7 @@ It moves work from policies (generators) to one engine and replies to them; chec
 after, writes the ledger, and contains a failing problem. It keeps the engine full: a policy that waits for its own branches never
 idles the others'.
 
-How a budget stays hard (DESIGN section 4):
+How a budget stays hard:
 - tokens, dollars: the most that a branch can use is held before it is submitted, and what it did not use is freed when it ends.
 - eFLOPs on an engine that can be steered: what the next ``LEASE`` tokens can cost, with closing and answering, is held; at its
   end the lease is extended, or the thought is made to close inside what is held. (The price depends on how many sequences share a

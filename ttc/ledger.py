@@ -8,6 +8,7 @@ bf16 samples depend on the batch that they ran in. Knows no prices and no engine
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import deque
@@ -56,7 +57,8 @@ class Ledger:
     """Open with ``Ledger.open(directory, config)``, or ``Ledger()`` for one that is kept in memory only.
 
     ``results`` are the finished problems by id, ``interrupted`` charges of branches that were cut by the end of an earlier
-    session: they count as spent and are sampled again.
+    session: they count as spent and are sampled again. Problems that had failed are open again (the server may be back), their
+    failed branches likewise.
     """
 
     directory: Path | None = None
@@ -71,19 +73,28 @@ class Ledger:
     def open(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> Ledger:
         """Start a run in ``directory``, or resume the one that is there.
 
-        Raises InputError if the directory holds something else, or a run with another configuration (naming what differs).
+        Raises InputError if the directory holds something else, a run that another process is writing, or one with another
+        configuration (naming what differs).
         """
         path = Path(directory)
         ledger = Ledger(path)
         run_file = path / "run.json"
         wanted = json.loads(json.dumps({**config, "schema": SCHEMA}, default=str))
+        if not run_file.is_file():
+            _refuse_strangers(path)
+        branches = ledger._files["branches"] = (path / "branches.jsonl").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(branches, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, or the process dies
+        except OSError:
+            raise InputError(
+                f"--out {path}: another run is writing there; wait for its end, or give another directory"
+            ) from None
         if run_file.is_file():
             _refuse_changes(_read_object(run_file), wanted, path)
             ledger._load()
         else:
-            _refuse_strangers(path)
             _write_atomically(run_file, json.dumps(wanted, indent=2) + "\n")
-        for name in ("branches", "decisions", "results"):
+        for name in ("decisions", "results"):
             ledger._files[name] = (path / f"{name}.jsonl").open("a", encoding="utf-8")
         return ledger
 
@@ -104,10 +115,21 @@ class Ledger:
             else:
                 asked = (row["problem"], row["digest"])
                 self._scores.setdefault(asked, deque()).append((tuple(row["scores"]), charge))
+        failed = set()
         for row in self._rows("results"):
             result = result_from_json(row)
             self.results[result.problem_id] = result
+            (failed.add if result.error else failed.discard)(result.problem_id)
         list(self._rows("decisions"))
+        for problem in failed:
+            del self.results[problem]
+        if failed:
+            self.notices.append(f"{len(failed)} problems that had failed are tried again")
+        for (problem, _), found in self._recorded.items():
+            lost = [r for r in found if r.branch.finish == "error"] if problem not in self.results else ()
+            for recorded in lost:
+                found.remove(recorded)
+                self.interrupted.setdefault(problem, []).append(recorded.branch.charge)
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file; a torn last line (no newline, or not JSON) is cut off, with a word about it."""
@@ -306,7 +328,7 @@ def _brief(value: Any) -> str:
 def _refuse_strangers(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is a file; give a directory")
-    strangers = [p.name for p in path.iterdir() if p.suffix == ".jsonl"] if path.is_dir() else []
+    strangers = [p.name for p in path.iterdir() if p.suffix == ".jsonl" and p.stat().st_size] if path.is_dir() else []
     if strangers:
         raise InputError(
             f"--out {path} holds {strangers[0]} but no run.json, so it is no run of ttc; give another directory"

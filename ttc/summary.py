@@ -24,7 +24,7 @@ def wilson(right: int, count: int) -> Interval:
 
 
 def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
-    """A charge under the fixed names of DESIGN section 6."""
+    """A charge under the fixed names of ``--json``."""
     return {
         "tokens": charge.tokens,
         "tokens_generated": charge.tokens_generated,

@@ -200,7 +200,7 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Charge:
     """What a piece of work cost. Tokens by kind; FLOPs, bytes and eFLOPs by the ``full`` convention, and eFLOPs by ``kinetics``
-    (DESIGN section 5); wall seconds of the branch; dollars where a price was given; ``kv_tokens`` read by decoding (the context
+    (docs/costmodel.md); wall seconds of the branch; dollars where a price was given; ``kv_tokens`` read by decoding (the context
     of each step, less what sparse attention skipped; mean over layers and KV heads). Charges add."""
 
     tokens_generated: int = 0

@@ -1,4 +1,4 @@
-"""The four commands as a user sees them: one JSON object, DESIGN section 6's keys, one-line errors."""
+"""The four commands as a user sees them: one JSON object, the documented keys, one-line errors."""
 
 from __future__ import annotations
 

@@ -195,6 +195,7 @@ class Runner:
                 if not failure.again or spent or self.fork or self.failures > self.setting.max_retries:
                     raise
                 LOG.info("seed %d, failure %d: %s", self.request.seed, self.failures, failure)
+                self.setting.server.say_once(f"{one_line(str(failure))}; trying again")
                 wait_s = self.setting.backoff(self.failures, failure, self.lot)
             if branch is not None and not (resumes or self.steered):
                 branch.restart_if_cut()
