@@ -16,7 +16,7 @@ from ttc.errors import EngineError, InputError, LedgerError
 from ttc.jobs import Status
 from ttc.ledger import COMPARED, Ledger
 from ttc.policies import parse
-from ttc.types import Request
+from ttc.types import Brief, Generate, Outcome, Problem, Request, Routine
 
 
 def ledger_tokens(ledger: Ledger) -> int:
@@ -186,3 +186,58 @@ def test_a_run_is_not_resumed_under_another_setting(name: str, tmp_path: Path) -
     list(Run(make_problems(1), FakeEngine(), Settings(budget="1k tokens"), out=tmp_path).results())
     with pytest.raises(InputError, match="this run was started with"):
         Run(make_problems(1), FakeEngine(), Settings(**{"budget": "1k tokens", name: value}), out=tmp_path)  # type: ignore[arg-type]
+
+
+# -- what an earlier session failed at -----------------------------------------------------------------------------------------
+def test_what_had_failed_is_tried_again_and_what_it_cost_stays_spent(tmp_path: Path) -> None:
+    """The server was down, say, and the same command is given again when it is back."""
+    problems, budget, policy = make_problems(4), Budget(5000, "tokens"), parse("self-consistency?n=3")
+
+    def failing(request: Request, issued: int) -> Script:
+        return Script(10, "7", 1, fails_at=4 if request.problem.id in ("p1", "p2") else None)
+
+    first, ledger = FakeEngine(writer=failing), Ledger.open(tmp_path, {})
+    before = list(make_driver(first, policy, budget, ledger=ledger).run(problems))
+    ledger.close()
+    assert sorted(r.problem_id for r in before if r.error) == ["p1", "p2"]
+
+    again, ledger = FakeEngine(writer=lambda request, issued: Script(10, "7", 1)), Ledger.open(tmp_path, {})
+    assert any("2 problems" in notice for notice in ledger.notices)
+    after = list(make_driver(again, policy, budget, ledger=ledger).run(problems))
+    ledger.close()
+    assert [r.answer for r in after] == ["7"] * 4 and not any(r.error for r in after)
+    assert again.counters().requests == 2 * 3
+    spent = sum(r.charge.tokens for r in after)
+    assert spent == first.counters().output_tokens + again.counters().output_tokens
+
+    last, ledger = FakeEngine(), Ledger.open(tmp_path, {})
+    assert len(list(make_driver(last, policy, budget, ledger=ledger).run(problems))) == 4
+    ledger.close()
+    assert last.counters().requests == 0
+
+
+def test_a_problem_whose_policy_failed_counts_as_wrong() -> None:
+    def failing(request: Request, issued: int) -> Script:
+        return Script(10, request.problem.gold or "", 1)
+
+    class Raises:
+        name = "raises"
+
+        def run(self, problem: Problem, brief: Brief) -> Routine:
+            reply = yield Generate((brief.request(problem, 0),), why="one")
+            if problem.id in ("p1", "p3"):
+                raise RuntimeError("boom")
+            return Outcome(reply.branches[0].vote, "samples", {})
+
+    this = Run(make_problems(4), FakeEngine(writer=failing), Settings(policy=Raises(), budget="1k tokens"))
+    list(this.results())
+    told = this.summary()
+    assert (told["scored"], told["correct"], told["failed"]) == (4, 2, 2)
+
+
+def test_a_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "run", {})
+    with pytest.raises(InputError, match="another run is writing there"):
+        Ledger.open(tmp_path / "run", {})
+    ledger.close()
+    Ledger.open(tmp_path / "run", {}).close()

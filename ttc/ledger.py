@@ -84,19 +84,31 @@ class Ledger:
             _refuse_strangers(path)
         branches = ledger._files["branches"] = (path / "branches.jsonl").open("a", encoding="utf-8")
         try:
-            fcntl.flock(branches, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, or the process dies
+            ledger._begin(branches, wanted)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def _begin(self, branches: IO[str], wanted: Mapping[str, Any]) -> None:
+        """Lock the directory; read back what is there, or write down what the run is."""
+        assert self.directory is not None
+        path, run_file = self.directory, self.directory / "run.json"
+        try:
+            fcntl.flock(
+                branches, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # let go of when the file is closed, or the process dies
         except OSError:
             raise InputError(
                 f"--out {path}: another run is writing there; wait for its end, or give another directory"
             ) from None
         if run_file.is_file():
             _refuse_changes(_read_object(run_file), wanted, path)
-            ledger._load()
+            self._load()
         else:
             _write_atomically(run_file, json.dumps(wanted, indent=2) + "\n")
         for name in ("decisions", "results"):
-            ledger._files[name] = (path / f"{name}.jsonl").open("a", encoding="utf-8")
-        return ledger
+            self._files[name] = (path / f"{name}.jsonl").open("a", encoding="utf-8")
 
     # -- reading back ------------------------------------------------------------------------------------------------------
     def _load(self) -> None:
@@ -115,7 +127,7 @@ class Ledger:
             else:
                 asked = (row["problem"], row["digest"])
                 self._scores.setdefault(asked, deque()).append((tuple(row["scores"]), charge))
-        failed = set()
+        failed: set[str] = set()
         for row in self._rows("results"):
             result = result_from_json(row)
             self.results[result.problem_id] = result
@@ -328,7 +340,9 @@ def _brief(value: Any) -> str:
 def _refuse_strangers(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is a file; give a directory")
-    strangers = [p.name for p in path.iterdir() if p.suffix == ".jsonl" and p.stat().st_size] if path.is_dir() else []
+    strangers = (
+        [p.name for p in path.iterdir() if p.suffix == ".jsonl" and p.stat().st_size] if path.is_dir() else []
+    )
     if strangers:
         raise InputError(
             f"--out {path} holds {strangers[0]} but no run.json, so it is no run of ttc; give another directory"

@@ -132,7 +132,9 @@ class Server:
             ids = await self.tokenize(messages=[{"role": "user", "content": "Hi"}])
             self.exact = bool(ids) and await self._exists("/v1/completions")
         except CallFailed as failure:
-            if failure.again and failure.status != 501:  # a vLLM that is busy or starting is no server that can't tokenise
+            if (
+                failure.again and failure.status != 501
+            ):  # a vLLM that is busy or starting is no server that can't tokenise
                 raise
             self.exact = False
         self.is_vllm = model.owner == "vllm" or self.exact
