@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.conftest import make_problems
 from ttc.api import Run, Settings
 from ttc.engine.fake import FakeEngine, Script
 from ttc.errors import InputError
+from ttc.policies import SelfConsistency
 from ttc.types import Problem
 
 
@@ -154,3 +156,25 @@ def test_closing_bytes_equal_every_weight_pass_once() -> None:
     [result] = ttc.run(make_problems(1), engine=engine, policy="self-consistency?n=5")
     reads = sum(b.completion.weight_reads or 0.0 for b in result.branches)
     assert reads == pytest.approx(engine.counters().steps)
+
+
+class NoRun:
+    name = "no-run"
+
+
+@pytest.mark.parametrize(
+    ("problems", "settings", "says"),
+    [
+        (["6*7"], {}, "'6.7' is no ttc.Problem"),
+        ([*make_problems(2), *make_problems(1)], {}, "the id 'p0' is there twice"),
+        ([Problem("g", ({"role": "user", "content": "6*7"},), 42)], {}, "the answer 42 of 'g' is no text; write '42'"),  # type: ignore[arg-type]
+        (make_problems(1), {"budget": 2000}, "2000 has no unit"),
+        (make_problems(1), {"policy": NoRun()}, "NoRun has no name or no run"),
+        (make_problems(1), {"policy": SelfConsistency}, "is a class; give a value of it, SelfConsistency"),
+    ],
+)  # fmt: skip
+def test_what_is_no_problem_policy_or_budget_is_said_in_one_line(
+    problems: list[Any], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        Run(problems, FakeEngine(), Settings(**settings))

@@ -96,6 +96,14 @@ class Settings:
         """The policy and budget, parsed. Raises InputError."""
         policy = parse_policy(self.policy) if isinstance(self.policy, str) else self.policy
         budget = Budget.parse(self.budget, self.scope) if isinstance(self.budget, str) else self.budget
+        if isinstance(policy, type):
+            raise InputError(f"policy: {policy.__name__} is a class; give a value of it, {policy.__name__}()")
+        if not (isinstance(getattr(policy, "name", None), str) and callable(getattr(policy, "run", None))):
+            raise InputError(
+                f"policy: {type(policy).__name__} has no name or no run(problem, brief); see CONTRIBUTING, 'Add a policy'"
+            )
+        if not isinstance(budget, Budget):
+            raise InputError(f"budget: {budget!r} has no unit; write it as '2k tokens', '30 s' or '$0.05'")
         return policy, budget
 
     def check(self) -> None:
@@ -138,6 +146,7 @@ class Run:
     ) -> None:
         settings = settings or Settings()
         settings.check()
+        _check_problems(problems)
         self.reward = load_reward(reward) if reward is not None else None
         self.policy, self.budget = settings.resolved()
         self.engine, self.settings = engine, settings
@@ -357,6 +366,23 @@ def check_reward(policy: Policy, reward: RewardModel | None, unit: Unit = "token
         check_priced(reward, unit)
     if reward is not None and "steps" in needs:
         check_process(reward, policy.name)
+
+
+def _check_problems(problems: Sequence[Problem]) -> None:
+    """Raise InputError for what is no problem, a reference that is no text, or an id that is there twice."""
+    seen: set[str] = set()
+    for problem in problems:
+        if not isinstance(problem, Problem):
+            raise InputError(
+                f"problems: {problem!r} is no ttc.Problem; make one, or read texts and rows with ttc.problems.load"
+            )
+        if problem.gold is not None and not isinstance(problem.gold, str):
+            raise InputError(
+                f"problems: the answer {problem.gold!r} of {problem.id!r} is no text; write {str(problem.gold)!r}"
+            )
+        if problem.id in seen:
+            raise InputError(f"problems: the id {problem.id!r} is there twice; give each problem its own")
+        seen.add(problem.id)
 
 
 def _check_needs(policy: Policy, signals: Sequence[str], engine: str) -> None:
