@@ -93,9 +93,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a journal; a torn last one (the run was killed) is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [json.loads(line) for line in lines]
     except ValueError as error:
         raise InputError(f"report: {path} is damaged ({error}); resume the run or mend the line") from error
 

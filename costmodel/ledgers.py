@@ -22,15 +22,19 @@ CONFIDENCES = {"mean-logprob": "mean_logprob", "self-certainty": "self_certainty
 
 
 def pool_of_run(folder: Path, *, cut: bool = False) -> Pool:
-    """The finished branches of a run; raises InputError where the run has no judged results. ``cut``: also those that its policy
-    cut after an anytime answer, as branches of that length with that answer: what a replay of the run needs, and what an estimate
-    of accuracy or length must leave out."""
+    """The finished branches of a run; raises InputError where the run has no judged results, or is a search's. ``cut``: also those
+    that its policy cut after an anytime answer, as branches of that length with that answer: what a replay of the run needs, and
+    what an estimate of accuracy or length must leave out."""
     rows = rows_of(_text(folder / "branches.jsonl", folder), str(folder / "branches.jsonl"))
     results = {
         str(r["problem"]): r for r in rows_of(_text(folder / "results.jsonl", folder), "results.jsonl")
     }
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
+        if row["completion"].get("partial"):
+            raise InputError(
+                f"pool {folder}: its policy searched step by step, and steps are no samples; use a run of whole branches"
+            )
         finish = row["completion"].get("finish")
         was_cut = cut and finish == "abort" and bool(row.get("probes"))
         if row.get("interrupted") or (finish in ("denied", "error", "abort") and not was_cut):

@@ -108,7 +108,7 @@ class Replayed:
 
 
 def rows_of(text: str, name: str) -> Iterator[dict[str, Any]]:
-    for i, line in enumerate(text.splitlines()):
+    for i, line in enumerate(text.split("\n")):  # JSON leaves other separators as they are
         if not line.strip():
             continue
         try:

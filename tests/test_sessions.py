@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -241,3 +242,31 @@ def test_a_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
         Ledger.open(tmp_path / "run", {})
     ledger.close()
     Ledger.open(tmp_path / "run", {}).close()
+
+
+# -- a run directory, read by others -------------------------------------------------------------------------------------------
+def test_any_separator_in_a_text_leaves_a_run_readable(tmp_path: Path) -> None:
+    from ttc.cli.report import read
+    from ttc.costmodel.ledgers import pool_of_run
+
+    def odd(request: Request, issued: int) -> Script:
+        return Script(10, "7\u2028\x85 \x0b8", 1)
+
+    list(run(make_problems(2), engine=FakeEngine(writer=odd), policy="self-consistency?n=2", out=tmp_path))
+    assert len(read(tmp_path)) == len(pool_of_run(tmp_path).problems) == 2
+
+
+def test_the_steps_of_a_search_are_no_samples_of_a_pool(tmp_path: Path) -> None:
+    from ttc.costmodel.ledgers import pool_of_run
+
+    def length(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [1 / (1 + len(text)) for text in texts]
+
+    list(
+        run(
+            make_problems(2), engine=FakeEngine(), policy="particles?n=2&tokens=4", reward=length,
+            budget="5k tokens", out=tmp_path,
+        )
+    )  # fmt: skip
+    with pytest.raises(InputError, match="steps are no samples"):
+        pool_of_run(tmp_path)
