@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from ttc.cli.options import AsJson, KvBlock, KvMethod, engine_args, finite, shape_of
+from ttc.cli.options import AsJson, EngineArgs, KvBlock, KvMethod, finite, shape_of
 from ttc.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,12 +52,7 @@ def calibrate(
         float,
         typer.Option(help="Seconds of measuring (not of start-up) after which no point is visited again."),
     ] = math.inf,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine-arg", help="An argument of vLLM's engine as name=JSON, e.g. enforce_eager=true."
-        ),
-    ] = None,
+    engine_arg: EngineArgs = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the profile to this JSON file.")] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
@@ -88,7 +83,9 @@ def calibrate(
         prefills=_whole("--prefills", prefills),
     )
     room = max(*lengths, *_whole("--prefills", prefills)) + repeats + 16
-    told = engine_args(engine_arg or [])
+    from ttc.engine.vllm_args import in_words, read_engine_args
+
+    told = read_engine_args(engine_arg or [])
     if out is not None:
         _check_writable(out)  # before minutes of measuring
     from ttc.attention.settings import DEFAULT_METHOD
@@ -134,7 +131,7 @@ def calibrate(
         )
     facts: dict[str, Any] = {"machine": _machine(), "versions": _versions(running.info.identity)}
     if told:
-        facts["machine"]["engine_args"] = json.dumps(told)
+        facts["machine"]["engine_args"] = in_words(told)
     facts |= {"kv_block": kv_block, "kv_method": kv_method}
     kinds: tuple[Statistic, ...] = get_args(Statistic)
     both = {kind: fit(shape, rows, statistic=kind, **facts) for kind in kinds}

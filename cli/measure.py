@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ttc.cli.options import EngineArgs
 from ttc.errors import InputError
 
 app = typer.Typer(
@@ -94,13 +95,7 @@ def decode(
     share_layers: Annotated[int, typer.Option(min=1, help="Neighbouring layers that share a choice.")] = 1,
     share_steps: Annotated[int, typer.Option(min=1, help="Steps that a choice lasts.")] = 1,
     model: Annotated[str, typer.Option("--model", "-m", help="A Qwen3 of the registry.")] = "Qwen3-0.6B",
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine-arg",
-            help="An argument of vLLM's engine as name=JSON, e.g. attention_backend=FLASH_ATTN.",
-        ),
-    ] = None,
+    engine_arg: EngineArgs = None,
     stock: Annotated[
         bool, typer.Option(help="vLLM without the plugin, dense alone: what staying dense costs.")
     ] = False,
@@ -108,13 +103,13 @@ def decode(
 ) -> None:
     """Sparse against dense decoding, step by step over the same KV, on a published model's shape with random weights."""
     from ttc.bench.decode import main
-    from ttc.cli.options import engine_args
+    from ttc.engine.vllm_args import read_engine_args
 
     main(
         contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches),
         budgets=[] if stock else _numbers("budgets", budgets), method=method, page=page, layers=layers, memory_gib=memory,
         steps=steps, share_layers=share_layers,
-        share_steps=share_steps, as_json=as_json, model=model, engine_args=engine_args(engine_arg or []),
+        share_steps=share_steps, as_json=as_json, model=model, engine_args=read_engine_args(engine_arg or []),
     )  # fmt: skip
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +52,11 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", help="Draw to this .png or .svg file (needs matplotlib).")
 ]
 
+EngineArgs = Annotated[
+    list[str] | None,
+    typer.Option("--engine-arg", help="An argument of vLLM's engine as NAME=VALUE; repeat for more."),
+]
+
 
 def shape_of(model: str) -> ModelShape:
     """A shape from a registry name, a nano name, a folder or config.json, or a hub id in the local cache."""
@@ -89,24 +92,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def engine_args(given: Sequence[str]) -> dict[str, Any]:
-    """``name=JSON`` to vLLM's arguments; what is no JSON is text. Raises InputError, also for a name that vLLM does not have."""
-    told: dict[str, Any] = {}
-    known: Any = {}
-    if given:
-        from ttc.engine.vllm_start import import_vllm
-
-        known = import_vllm().EngineArgs.__dataclass_fields__
-    for each in given:
-        name, sign, value = each.partition("=")
-        if not sign or not name.isidentifier():
-            raise InputError(f"--engine-arg {each!r}: write name=value, e.g. enforce_eager=true")
-        if name not in known:
-            raise InputError(f"--engine-arg {name}: vLLM's EngineArgs has no such argument")
-        try:
-            told[name] = json.loads(value)
-        except ValueError:
-            told[name] = value
-    return told

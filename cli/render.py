@@ -148,7 +148,7 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, repl
     )
     ends = ", ".join(f"{count} {_ENDS.get(why, why)}" for why, count in sorted(summary["stopped"].items()))
     table.add_row("ended", ends)
-    table.add_row("samples", f"{summary['samples']:,}")
+    table.add_row("samples", _samples(summary))
     table.add_row(
         "tokens",
         f"{spent['tokens']:,}  ({spent['tokens_generated']:,} generated, {spent['tokens_forced']:,} forced"
@@ -179,9 +179,19 @@ _ENDS = {
     "samples": "with all samples",
     "budget": "out of budget",
     "confident": "sure before that",
-    "error": "in an error",
+    "failed": "failed",
 }
 """What ``Result.stop`` says of a problem."""
+
+
+def _samples(summary: Mapping[str, Any]) -> str:
+    more = (
+        (summary["steps"], "steps of a search apart"),
+        (summary["failed_samples"], "of them failed"),
+        (summary["retried_samples"], "tried again"),
+    )
+    parts = ", ".join(f"{count:,} {what}" for count, what in more if count)
+    return f"{summary['samples']:,}" + (f"  ({parts})" if parts else "")
 
 
 def _without_unit(amount: str, unit: str) -> str:

@@ -70,7 +70,7 @@ AsJson = Annotated[bool, _output("--json", help="One JSON object on stdout, noth
 
 def solve(
     text: Annotated[str | None, typer.Argument(help="A problem, as text.", show_default=False)] = None,
-    input: Annotated[Path | None, _problem("--input", "-i", help="A JSONL file: id, prompt or messages, answer.")] = None,
+    input: Annotated[Path | None, _problem("--input", "-i", help="A JSONL file: id, prompt or messages, answer, ….")] = None,
     task: Annotated[str | None, _problem("--task", "-t", help="'rg:NAME?k=v&k=v' (reasoning-gym) or 'hf:ID[:SPLIT]'.")] = None,
     n: Annotated[int | None, _problem("--n", help="How many problems of the file or task (a task: 100 if not given).")] = None,
     model: Model = None,
@@ -93,6 +93,7 @@ def solve(
     verifier: Annotated[str | None, _problem(help="exact, math, rg, or package.module:Class.")] = None,
     out: Annotated[Path | None, _output("--out", "-o", help="Run directory; the same command again resumes it.")] = None,
     concurrency: Annotated[int, _model(help="Branches in flight.")] = 64,
+    engine_arg: Annotated[list[str] | None, _model("--engine-arg", help="vLLM's own, as NAME=VALUE; repeatable.")] = None,
     context: Annotated[int | None, _model(help="Longest sequence in tokens (the model's own if not given).")] = None,
     shape: Annotated[str | None, _model(help="Model (name or folder) whose shape prices a server's FLOPs.")] = None,
     intensity: Annotated[float | None, _budget(help="FLOP per byte in eFLOPs (562.5, the paper's, if not given).")] = None,
@@ -133,6 +134,7 @@ def solve(
         for name, value, mend in (
             ("kv-page", kv_page, "--block-size"),
             ("kv-when", kv_when, "TTC_SPARSE in its environment"),
+            ("engine-arg", engine_arg or None, "vllm serve's own options"),
             ("think-close", think_close, "the model's own files, beside the server"),
         ):
             if value is not None:
@@ -145,6 +147,10 @@ def solve(
         options |= {"context": context, "think_close": think_close}
         page = kv_page if kv_page is not None or kv_budget is None else SPARSE_PAGE
         options |= {} if page is None else {"kv_page": page}
+        if engine_arg:
+            from ttc.engine.vllm_args import read_engine_args
+
+            options |= {"engine_args": read_engine_args(engine_arg)}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
         options |= {"short_pages": True} if "steps" in getattr(rule, "needs", ()) else {}
     judge = load_reward(reward) if reward is not None else None
@@ -154,6 +160,8 @@ def solve(
 
         problems = list(loaded.problems)
         skipped = list(loaded.skipped)
+        if loaded.extras:
+            _note(f"columns kept in each problem's meta: {', '.join(loaded.extras)}")
         if skip_bad_rows:
             problems, long = fitting(problems, opened, settings)
             skipped += long
@@ -222,6 +230,12 @@ def _telling(result: Result) -> tuple[bool, int]:
     return bool(result.verdict and result.verdict.correct), len(result.votes)
 
 
+def _note(words: str) -> None:
+    from ttc.cli.render import stderr
+
+    stderr.print(f"ttc: {words}", markup=False, soft_wrap=True)
+
+
 def _shape(name: str) -> Any:
     from ttc import nano
     from ttc.costmodel import ModelShape
@@ -251,12 +265,12 @@ def _saying(what: str, say: bool) -> AbstractContextManager[Any]:
 
 def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
     """Run to the end, or to the first signal, showing progress."""
-    from ttc.cli.render import Live, print_line, stderr
+    from ttc.cli.render import Live, print_line
 
     for notice in run.notices:
-        stderr.print(f"ttc: {notice}")
+        _note(notice)
     for line in run.skipped_rows:
-        stderr.print(f"ttc: skipped {line}")
+        _note(f"skipped {line}")
     by_id = {p.id: p for p in run.problems}
     results: list[Result] = []
     try:
@@ -295,7 +309,7 @@ def _signals(run: Run) -> Iterator[None]:
 
 
 def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> None:
-    from ttc.cli.render import print_answer, print_summary, stderr
+    from ttc.cli.render import print_answer, print_summary
 
     summary = run.summary()
     if as_json:
@@ -307,11 +321,11 @@ def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> N
     else:
         print_summary(summary, replayed_tokens=run.status.replayed_tokens)
     if run.interrupted:
-        stderr.print(f"ttc: stopped: {_saved(run, len(results))}")
+        _note(f"stopped: {_saved(run, len(results))}")
         raise typer.Exit(3)
     for result in results:
         if result.error and not as_json:
-            stderr.print(f"ttc: {result.problem_id} failed: {result.error}", soft_wrap=True)
+            _note(f"{result.problem_id} failed: {result.error}")
     sys.stdout.flush()
     if single and results and results[0].answer is None and results[0].error.startswith("budget:"):
         raise typer.Exit(2)

@@ -95,7 +95,7 @@ def test_a_signal_before_the_run_has_begun_is_a_word_and_exit_code_3(word: str) 
         ("", "empty"),
         ('{"id": "a", "prompt": "1 + 1 ="}\n{"id": "a", "prompt": "2 + 2 ="}\n', "line 1"),
         ('{"id": "a", "prompt": "1 + 1 ="}\n{"id": "b", "prompt": \n', ":2"),
-        ('{"id": "a", "prompt": "1 + 1 =", "colour": "red"}\n', "colour"),
+        ('{"id": "a", "prompt": "1 + 1 =", "anwser": "2"}\n', "did you mean 'answer'"),
         ('{"id": "a"}\n', "prompt"),
     ],
 )

@@ -52,6 +52,7 @@ def test_jsonl(tmp_path: Path) -> None:
     assert (second.id, second.gold, len(second.messages)) == ("7", None, 2)
     assert (third.id, third.gold, third.verifier, third.meta) == ("c", "0.10", "exact", {"level": 3})
     assert (fourth.id, fourth.gold) == ("line-5", None)
+    assert from_jsonl(path).extras == ()
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert from_jsonl(path).problems == (first, second, third, fourth)
 
@@ -65,7 +66,11 @@ def test_jsonl(tmp_path: Path) -> None:
         ("[1]", "of type list; write an object"),
         ("3", "of type number"),
         ({"prompt": "?", "anwser": 1}, "unknown key 'anwser'; did you mean 'answer'. keys are id, prompt,"),
-        ({"prompt": "?", "xyz": 1}, "unknown key 'xyz'; keys are"),
+        ({"prompt": "?", "Answer": 1}, "unknown key 'Answer'; did you mean 'answer'"),
+        ({"prompt": "?", "answers": [1]}, "unknown key 'answers'; did you mean 'answer'"),
+        ({"promt": "?"}, "unknown key 'promt'; did you mean 'prompt'"),
+        ({"question": "?", "gold": 1}, "exactly one of 'prompt' and 'messages' .the row has question, gold"),
+        ({"prompt": "?", "level": 1, "meta": {"level": 2}}, "'level' is a column and in meta; keep one"),
         ({"answer": 1}, "exactly one of 'prompt' and 'messages'"),
         ({"prompt": "?", "messages": []}, "exactly one of"),
         ({"prompt": 3}, r"prompt is of type number \(3\); give a string"),
@@ -98,6 +103,25 @@ def test_a_bad_row_is_named_by_line_and_field(row: Any, fault: str, tmp_path: Pa
     loaded = from_jsonl(path, skip_bad_rows=True)
     assert [p.text for p in loaded.problems] == ["fine", "fine too"]
     assert loaded.skipped == (str(caught.value),)
+
+
+def test_other_columns_are_kept_in_meta_and_named(tmp_path: Path) -> None:
+    rows: tuple[Any, ...] = (
+        {"prompt": "1", "unique_id": "a/1", "level": 5, "meta": {"by": "me"}},
+        {"prompt": "2", "level": None, "metadata": {}, "prompt_id": 3, "idx": 4, "answer_type": "int"},
+    )
+    loaded = from_jsonl(write(tmp_path, *rows))
+    assert [p.meta for p in loaded.problems] == [
+        {"by": "me", "unique_id": "a/1", "level": 5},
+        {"level": None, "metadata": {}, "prompt_id": 3, "idx": 4, "answer_type": "int"},
+    ]
+    assert loaded.extras == ("unique_id", "level", "metadata", "prompt_id", "idx", "answer_type")
+
+
+def test_one_verifier_is_the_default_wherever_a_problem_comes_from(tmp_path: Path) -> None:
+    made = Problem("p", ({"role": "user", "content": "?"},), "1/2")
+    (read,), (posed,) = from_jsonl(write(tmp_path, {"prompt": "?"})).problems, from_text("?")
+    assert made.verifier == read.verifier == posed.verifier == "math"
 
 
 def test_files_that_cannot_do(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,6 +237,38 @@ def test_a_problem_whose_policy_failed_counts_as_wrong() -> None:
     assert (told["scored"], told["correct"], told["failed"]) == (4, 2, 2)
 
 
+def test_what_failed_or_was_tried_again_is_counted_and_a_failed_problem_says_so(tmp_path: Path) -> None:
+    """p1 loses every sample, p2 one of three, p0 one attempt."""
+
+    def failing(request: Request, issued: int) -> Script:
+        which = request.problem.id
+        lost = which == "p1" or (which == "p2" and request.index == 1)
+        return Script(10, "7", 1, fails_at=4 if lost or (which == "p0" and issued == 0) else None)
+
+    settings = Settings(policy="self-consistency?n=3", budget="1M tokens")
+    for session in range(2):  # resumed, what is counted of p0 and p2 is read from the directory
+        this = Run(make_problems(3), FakeEngine(writer=failing), settings, out=tmp_path)
+        stops = {result.problem_id: result.stop for result in this.results()}
+        told = this.summary()
+        assert stops == {"p0": "samples", "p1": "failed", "p2": "samples"}
+        assert (told["failed"], told["stopped"]) == (1, {"samples": 2, "failed": 1})
+        assert (told["samples"], told["failed_samples"], told["steps"]) == (9, 4, 0)
+        assert told["retried_samples"] == (11, 6)[session]
+
+
+def test_a_search_counts_chains_and_tells_its_steps_apart() -> None:
+    def length(problem: Problem, texts: Sequence[str]) -> list[float]:
+        return [1 / (1 + len(text)) for text in texts]
+
+    settings = Settings(policy="particles?n=2&tokens=4", budget="5k tokens")
+    this = Run(make_problems(2), FakeEngine(), settings, reward=length)
+    branches = [branch for result in this.results() for branch in result.branches]
+    paused = sum(branch.completion.partial for branch in branches)
+    told = this.summary()
+    assert told["steps"] == paused > 0
+    assert told["samples"] == len(branches) - paused
+
+
 def test_a_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "run", {})
     with pytest.raises(InputError, match="another run is writing there"):
@@ -270,3 +303,30 @@ def test_the_steps_of_a_search_are_no_samples_of_a_pool(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(InputError, match="steps are no samples"):
         pool_of_run(tmp_path)
+
+
+# -- what a refused resume says ------------------------------------------------------------------------------------------------
+def test_a_refused_resume_says_what_was_and_what_is(tmp_path: Path) -> None:
+    def config(**changes: Any) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "budget": {"amount": 600, "unit": "tokens"}, "seed": 0, "identity": {"weights": "aaaa"},
+            "files": {"config.json": "11", "model.safetensors": "22"}, "problems": {"count": 2, "sha256": "x"},
+            "digests": {"a": "1", "b": "2"}, "command": ["/usr/bin/ttc", "solve", "--input", "my file.jsonl"],
+        }  # fmt: skip
+        return told | changes
+
+    Ledger.open(tmp_path, config()).close()
+    cases: dict[str, dict[str, Any]] = {
+        "budget amount = 600, not 700; seed = 0, not 1;": {"budget": {"amount": 700, "unit": "tokens"}, "seed": 1},
+        r"other files of the model: model.safetensors \(was 22, is 33\);": {
+            "identity": {"weights": "bbbb"}, "files": {"config.json": "11", "model.safetensors": "33"},
+        },
+        r"2 problems, not 3 \(1 new, as \"c\"; 1 of other content, as \"b\"\)": {
+            "problems": {"count": 3, "sha256": "y"}, "digests": {"a": "1", "b": "9", "c": "3"},
+        },
+        r"other problems \(in another order\)": {"problems": {"count": 2, "sha256": "y"}},
+        r"repeat the first command to resume it \(ttc solve --input 'my file.jsonl'\), or": {"seed": 2},
+    }  # fmt: skip
+    for words, changes in cases.items():
+        with pytest.raises(InputError, match=words):
+            Ledger.open(tmp_path, config(**changes))

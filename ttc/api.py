@@ -50,7 +50,7 @@ DEFAULT_BUDGET = "4k tokens"
 @contextmanager
 def open_engine(model: str = DEFAULT_MODEL, engine: str = "vllm", **options: Any) -> Iterator[Engine]:
     """Open an engine, and close it at the end. ``engine`` is ``vllm`` (in process) or ``openai:URL``; ``options`` are the engine's
-    own (``concurrency``, …). Raises InputError or EngineError, one line each."""
+    own (``concurrency``, ``engine_args`` of vLLM, …). Raises InputError or EngineError, one line each."""
     opened = start_engine(model, engine, **options)
     try:
         yield opened
@@ -254,9 +254,8 @@ class Run:
         return summarise(
             self._results, run=str(self.ledger.directory or ""), model=self.engine.info.model, engine=self.engine.info.name,
             policy=describe(self.policy), seed=self.settings.seed, budget=self.budget, problems=len(self.problems),
-            charge=self.status.charge,
             seconds=(self._ended or self._clock()) - self._started, overrun=self.driver.overrun,
-            samples=self.status.samples, skipped_rows=len(self.skipped_rows), resumed=self.resumed,
+            status=self.status, skipped_rows=len(self.skipped_rows), resumed=self.resumed,
             verifier_failures=self.jury.failures,
         )  # fmt: skip
 
@@ -284,7 +283,13 @@ class Run:
             "price": dict(settings.price),
             "reward": reward_name(self.reward) if self.reward is not None else None,
             "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},
+            "files": dict(info.files),
+            "digests": {
+                problem.id: hashlib.sha256(row.encode()).hexdigest()[:8]
+                for problem, row in zip(self.problems, rows, strict=True)
+            },
             "concurrency": info.concurrency,
+            "engine_args": info.engine_args,
             "versions": {"ttc": version("ttc"), "python": platform.python_version()},
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "command": sys.argv,

@@ -64,7 +64,7 @@ class Closing:
 
     def refused(self, problem: Problem, why: str, seed: int) -> None:
         """A problem that could not run."""
-        result = Result(problem.id, None, None, (), Charge(), "error", seed, error=why)
+        result = Result(problem.id, None, None, (), Charge(), "failed", seed, error=why)
         self.ledger.write_result(result)
         self._queue.append((None, result, None))
 
@@ -81,9 +81,9 @@ class Closing:
             self._queue.popleft()
             if job is not None:
                 found = future.result() if future is not None else Judged(_wrong(job.problem))
-                result = replace(
-                    result, verdict=found.verdict, right=found.right, error=found.error or result.error
-                )
+                result = replace(result, verdict=found.verdict, right=found.right)
+                if found.error:
+                    result = replace(result, stop="failed", error=found.error)
                 self.judge.forget(job.problem)
                 self.ledger.write_result(result)
             self._count(result, replayed=job is None)
@@ -113,7 +113,8 @@ class Closing:
         if replayed:
             status.charge = status.charge + result.charge
             status.replayed_tokens += result.charge.tokens
-            status.samples += self.ledger.samples(result.problem_id)
+            for branch in self.ledger.branches(result.problem_id):
+                status.note(branch)
 
 
 def _judged(

@@ -479,6 +479,7 @@ class Driver:
             self.cashier.most(job, flight.request, min(LEASE, thinking) if self.cashier.leased else thinking)
         ):
             self._gone(ticket, flight)
+            self.status.retried_samples += 1
             self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
         job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
@@ -514,7 +515,7 @@ class Driver:
         self._note(job, slot, branch, replayed)
         if job.failed:
             if not job.flights:
-                self._close(job, None, "error", {}, job.failed)
+                self._close(job, None, "failed", {}, job.failed)
             return
         if isinstance(job.work, Steer):
             job.news.append(branch)
@@ -533,8 +534,7 @@ class Driver:
         job.arrived.append(branch)
         job.branches.append(branch)
         self.closing.charge(job, branch.charge)
-        if branch.finish != "denied":
-            self.status.samples += 1
+        self.status.note(branch)
         if replayed is not None:
             self.pay(job, branch.charge)
             self.cashier.set_aside(job, replayed, branch)
@@ -578,9 +578,11 @@ class Driver:
         if outcome.answer is None:
             error = next((b.completion.error for b in job.branches if b.completion.error), "")
         error = error or job.trouble
-        if outcome.answer is None and not error:
-            error = self.cashier.too_late(job)
         stop = "budget" if job.denied and outcome.stop == "samples" else outcome.stop
+        if error:
+            stop = "failed"
+        elif outcome.answer is None and (error := self.cashier.too_late(job)):
+            stop = "budget"
         self._close(job, outcome.answer, stop, outcome.votes, error)
 
     def blame(self, job: Job, error: Exception) -> None:
@@ -594,7 +596,7 @@ class Driver:
         if job.flights:
             self.engine.abort(sorted(job.flights))
         else:
-            self._close(job, None, "error", {}, job.failed)
+            self._close(job, None, "failed", {}, job.failed)
 
     def _close(self, job: Job, answer: str | None, stop: str, votes: Mapping[str, float], error: str) -> None:
         if self.run_account is not None:

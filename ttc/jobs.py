@@ -131,8 +131,9 @@ class Flight:
 
 @dataclass(slots=True)
 class Status:
-    """Where a run is; read by the progress display after each step. ``charge`` and ``samples`` are the whole run's,
-    ``replayed_tokens`` of them spent before this session, ``seconds`` this session's."""
+    """Where a run is; read by the progress display after each step. ``charge``, ``samples`` (chains, ``failed_samples`` of them
+    lost) and ``steps`` (pieces of a search's chains) are the whole run's, ``replayed_tokens`` of them spent before this session;
+    ``retried_samples`` (attempts that failed and were made again) and ``seconds`` are this session's."""
 
     problems: int = 0
     done: int = 0
@@ -141,7 +142,18 @@ class Status:
     correct: int = 0
     running: int = 0
     samples: int = 0
+    failed_samples: int = 0
+    retried_samples: int = 0
+    steps: int = 0
     charge: Charge = Charge()
     seconds: float = 0.0
     running_tokens: int = 0
     replayed_tokens: int = 0
+
+    def note(self, branch: Branch) -> None:
+        """Count a branch that has ended (one that was denied never began)."""
+        if branch.completion.partial:
+            self.steps += 1
+        elif branch.finish != "denied":
+            self.samples += 1
+            self.failed_samples += branch.finish == "error"

@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -66,6 +67,7 @@ class Ledger:
     interrupted: dict[str, list[Charge]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     _recorded: dict[tuple[str, int], list[Recorded]] = field(default_factory=dict)
+    _indices: dict[str, dict[int, None]] = field(default_factory=dict)
     _scores: dict[tuple[str, str], deque[tuple[tuple[float, ...], Charge]]] = field(default_factory=dict)
     _files: dict[str, IO[str]] = field(default_factory=dict)
 
@@ -120,6 +122,7 @@ class Ledger:
             else:
                 key = (branch.problem_id, branch.index)
                 self._recorded.setdefault(key, []).append(Recorded(order, str(row["digest"]), branch))
+                self._indices.setdefault(branch.problem_id, {})[branch.index] = None
         for row in self._rows("scores"):
             charge = _build(Charge, row["charge"])
             if row["scores"] is None:
@@ -179,9 +182,11 @@ class Ledger:
         found = self._scores.get((problem_id, digest))
         return found.popleft() if found else None
 
-    def samples(self, problem_id: str) -> int:
+    def branches(self, problem_id: str) -> Iterator[Branch]:
         """The branches of a problem that earlier sessions wrote down."""
-        return sum(len(found) for (problem, _), found in self._recorded.items() if problem == problem_id)
+        for index in self._indices.get(problem_id, ()):
+            for recorded in self._recorded[problem_id, index]:
+                yield recorded.branch
 
     # -- writing -----------------------------------------------------------------------------------------------------------
     def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
@@ -282,7 +287,7 @@ def result_to_json(result: Result) -> dict[str, Any]:
         "stop": result.stop,
         "votes": dict(result.votes),
         "right": list(result.right),
-        "samples": sum(b.finish != "denied" for b in result.branches),
+        "samples": sum(b.finish != "denied" and not b.completion.partial for b in result.branches),
         "charge": _without_defaults(result.charge),
         "seed": result.seed,
         "error": result.error,
@@ -322,19 +327,62 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    changed = [key for key in COMPARED if old.get(key) != new.get(key)]
+    changed = [words for key in COMPARED if old.get(key) != new.get(key) for words in _change(key, old, new)]
     if changed:
-        key = changed[0]
-        more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        more = f"; {len(changed) - 3} more differ" if len(changed) > 3 else ""
         raise InputError(
-            f"--out {path}: this run was started with {key} = {_brief(old.get(key))}, not {_brief(new.get(key))}{more};"
-            " repeat the first command to resume it, or give another directory"
+            f"--out {path}: this run was started with {'; '.join(changed[:3])}{more}; repeat the first command to resume it"
+            f"{_command(old)}, or give another directory"
         )
 
 
+def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs under ``key``, what it was and what it is."""
+    was, now = old.get(key), new.get(key)
+    if key == "problems":
+        return [_other_problems(old, new)]
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [f"{key} = {_brief(was)}, not {_brief(now)}"]
+    found = []
+    for part in dict.fromkeys((*was, *now)):
+        if was.get(part) == now.get(part):
+            continue
+        if (key, part) == ("identity", "weights"):
+            found.append(_other_files(old.get("files", {}), new["files"], was.get(part), now.get(part)))
+        else:
+            found.append(f"{key} {part} = {_brief(was.get(part))}, not {_brief(now.get(part))}")
+    return found
+
+
+def _other_files(old: Mapping[str, str], new: Mapping[str, str], was: object, now: object) -> str:
+    names = [name for name in dict.fromkeys((*old, *new)) if old.get(name) != new.get(name)]
+    told = [f"{name} (was {old.get(name, 'not there')}, is {new.get(name, 'not there')})" for name in names]
+    return f"other files of the model: {', '.join(told[:3]) or f'was {was}, is {now}'}"
+
+
+def _other_problems(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    was, now = old.get("digests", {}), new.get("digests", {})
+    count, counted = old["problems"]["count"], new["problems"]["count"]
+    words = f"{count} problems, not {counted}" if count != counted else "other problems"
+    gone, come = [i for i in was if i not in now], [i for i in now if i not in was]
+    other = [i for i in was if i in now and was[i] != now[i]]
+    kinds = (("not there now", gone), ("new", come), ("of other content", other))
+    told = [f"{len(ids)} {what}, as {_brief(ids[0])}" for what, ids in kinds if ids]
+    return f"{words} ({'; '.join(told) or 'in another order'})"
+
+
+def _command(old: Mapping[str, Any]) -> str:
+    given = old.get("command") or []
+    words = [Path(given[0]).name, *given[1:]] if given else []
+    return f" ({_cut(shlex.join(words), 200)})" if len(words) > 1 and "ttc" in words[0] else ""
+
+
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _cut(json.dumps(value), 80)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _refuse_strangers(path: Path) -> None:

@@ -27,10 +27,11 @@ DRAW_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Problems, and a line for each row of the file that was skipped as bad."""
+    """Problems, a line for each row of the file that was skipped as bad, and the columns that went into ``Problem.meta``."""
 
     problems: tuple[Problem, ...]
     skipped: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
 
 
 def load(
@@ -75,12 +76,13 @@ def from_text(text: str) -> list[Problem]:
         raise InputError("the problem's text is empty; write the question")
     check_text(text, "the problem's text")
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return [Problem(f"text-{digest}", user(text), None, verify.default_verifier())]
+    return [Problem(f"text-{digest}", user(text))]
 
 
 def from_jsonl(path: str | Path, *, skip_bad_rows: bool = False) -> Loaded:
     """The problems of a JSONL file: rows with ``prompt`` or ``messages`` and, if wanted, ``id``, ``answer``,
-    ``verifier``, ``meta``.
+    ``verifier``, ``meta``. Other columns are kept in ``Problem.meta`` and named in ``Loaded.extras``; one that is a slip of the pen
+    away from these is an error.
 
     Bad rows raise InputError, or with ``skip_bad_rows`` are left out and reported. A file without one good
     row is an error.
@@ -95,11 +97,12 @@ def from_jsonl(path: str | Path, *, skip_bad_rows: bool = False) -> Loaded:
     problems: list[Problem] = []
     skipped: list[str] = []
     first_seen: dict[str, int] = {}
+    extras: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            problem = parse_row(line, number)
+            problem, more = parse_row(line, number)
             if earlier := first_seen.get(problem.id):
                 raise InputError(f"id {problem.id!r} is already that of line {earlier}; make ids unique")
         except InputError as error:
@@ -110,11 +113,12 @@ def from_jsonl(path: str | Path, *, skip_bad_rows: bool = False) -> Loaded:
             continue
         first_seen[problem.id] = number
         problems.append(problem)
+        extras |= dict.fromkeys(more)
     if skipped and not problems:
         raise InputError(f"{path}: not one good row among {len(skipped)}; the first: {skipped[0]}")
     if not problems:
         raise InputError(f"{path}: the file is empty; put one JSON object on each line")
-    return Loaded(tuple(problems), tuple(skipped))
+    return Loaded(tuple(problems), tuple(skipped), tuple(extras))
 
 
 def from_task(spec: str, n: int | None, seed: int) -> list[Problem]:
@@ -126,8 +130,10 @@ def from_task(spec: str, n: int | None, seed: int) -> list[Problem]:
             raise InputError(f"task {spec!r} makes as many problems as asked for; say how many with --n")
         return _from_reasoning_gym(spec, n, seed)
     if spec.startswith("hf:"):
-        rows, name = hf_tasks.rows(spec, n, seed), verify.default_verifier()
-        return [Problem(row.id, row.messages, row.gold, name, {"task": spec}) for row in rows]
+        return [
+            Problem(row.id, row.messages, row.gold, meta={"task": spec})
+            for row in hf_tasks.rows(spec, n, seed)
+        ]
     raise InputError(f"task {spec!r} is of no known kind; write rg:NAME (reasoning-gym) or hf:ID[:SPLIT]")
 
 

@@ -9,21 +9,23 @@ from typing import Any
 
 from ttc import verify
 from ttc.errors import InputError
-from ttc.types import Messages, Problem
+from ttc.types import Messages, Problem, default_verifier
 
 KEYS = ("id", "prompt", "messages", "answer", "verifier", "meta")
 ROLES = ("system", "user", "assistant", "tool")
 _TYPES: dict[type, str] = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
 
 
-def parse_row(line: bytes, number: int) -> Problem:
-    """The problem on line ``number``; without an ``id`` it is called after the line."""
+def parse_row(line: bytes, number: int) -> tuple[Problem, tuple[str, ...]]:
+    """The problem on line ``number`` (without an ``id`` it is called after the line), and the columns that are in its ``meta``
+    because they are no key of ours."""
     row = _object(line)
-    for key in row:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown key {key!r}; {hint}keys are {', '.join(KEYS)}")
+    extras = tuple(key for key in row if key not in KEYS)
+    for key in extras:
+        if meant := _slip(key):
+            raise InputError(
+                f"unknown key {key!r}; did you mean {meant!r}? keys are {', '.join(KEYS)}; put others into meta, or rename it"
+            )
     if ("prompt" in row) == ("messages" in row):
         raise InputError(
             f"give exactly one of 'prompt' and 'messages' (the row has {', '.join(row) or 'none'})"
@@ -42,7 +44,27 @@ def parse_row(line: bytes, number: int) -> Problem:
     check_text(given, "id")
     messages = user(_text(row, "prompt")) if "prompt" in row else _messages(row["messages"])
     gold = _text(row, "answer") if isinstance(answer, str) else None if answer is None else json.dumps(answer)
-    return Problem(given, messages, gold, name or verify.default_verifier(), meta or {})
+    kept = _kept(extras, row, meta or {})
+    return Problem(given, messages, gold, name or default_verifier(), kept), extras
+
+
+def _slip(key: str) -> str | None:
+    """The key of ours that ``key`` is a slip of the pen away from: other capitals, or a letter or two."""
+    for ours in KEYS:
+        if key.strip().lower() == ours:
+            return ours
+        alike = difflib.SequenceMatcher(None, key.lower(), ours).ratio() >= 0.8
+        if alike and len(ours) > 2 and abs(len(key) - len(ours)) <= 1:
+            return ours
+    return None
+
+
+def _kept(extras: tuple[str, ...], row: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """``meta`` with the row's other columns."""
+    for key in extras:
+        if key in meta:
+            raise InputError(f"{key!r} is a column and in meta; keep one of the two")
+    return {**meta, **{key: row[key] for key in extras}}
 
 
 def user(text: str) -> Messages:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttc.budget import Budget
 from ttc.types import Charge, Interval, Result
+
+if TYPE_CHECKING:
+    from ttc.jobs import Status
 
 Z95 = 1.959963984540054
 
@@ -44,10 +47,10 @@ def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
 
 def summarise(
     results: Sequence[Result], *, run: str, model: str, engine: str, policy: str, seed: int, budget: Budget,
-    problems: int, charge: Charge, seconds: float, overrun: float, samples: int, skipped_rows: int = 0, resumed: int = 0,
+    problems: int, seconds: float, overrun: float, status: Status, skipped_rows: int = 0, resumed: int = 0,
     verifier_failures: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """``problems`` are the whole run's, so that a run that was stopped has fewer results; ``charge`` is the whole run's, also of
+    """``problems`` are the whole run's, so that a run that was stopped has fewer results; ``status`` is the whole run's, also of
     branches whose problem did not finish. Accuracies are fractions of the results that have a gold answer; a problem that failed
     counts as wrong."""
     scored = [r for r in results if r.verdict is not None]
@@ -68,9 +71,12 @@ def summarise(
         "correct": correct,
         "accuracy": correct / len(scored) if scored else None,
         "accuracy_ci95": list(wilson(correct, len(scored))) if scored else None,
-        "spent": spent_json(charge, seconds),
+        "spent": spent_json(status.charge, seconds),
         "overrun": overrun,
-        "samples": samples,
+        "samples": status.samples,
+        "failed_samples": status.failed_samples,
+        "retried_samples": status.retried_samples,
+        "steps": status.steps,
         "stopped": stopped,
         "failed": sum(bool(r.error) for r in results),
         "skipped_rows": skipped_rows,

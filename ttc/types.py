@@ -7,6 +7,7 @@ tokens of the model at hand.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -25,14 +26,20 @@ def seed_for(run_seed: int, problem_id: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def default_verifier() -> str:
+    """``math`` if math-verify is installed, else ``exact``."""
+    return "math" if importlib.util.find_spec("math_verify") else "exact"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question. ``messages`` are chat messages (role, content); ``gold`` is None where no answer is known."""
+    """One question. ``messages`` are chat messages (role, content); ``gold`` is None where no answer is known. ``verifier`` is one
+    of ``ttc.verify``; the default is the same wherever a problem comes from: ``math``, or ``exact`` without math-verify."""
 
     id: str
     messages: Messages
     gold: str | None = None
-    verifier: str = "exact"
+    verifier: str = field(default_factory=default_verifier)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,6 @@ on equality. Owns the seam and the grouping of answers; the verifiers themselves
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -54,11 +53,6 @@ def verifier(name: str, limit_s: float = LIMIT_S) -> Verifier:
     if not isinstance(made, Verifier):
         raise InputError(f"verifier {name!r} is not one: it needs name, verify, equivalent and close")
     return made
-
-
-def default_verifier() -> str:
-    """``math`` if math-verify is installed, else ``exact``."""
-    return "math" if importlib.util.find_spec("math_verify") else "exact"
 
 
 def can_verify(problem: Problem) -> bool:

@@ -160,7 +160,7 @@ def test_frontier_json_and_pictures(tmp_path: Path) -> None:
         (["calibrate", "-m", "nano-s", "--batches", "1,two"], "--batches"),
         (["calibrate", "-m", "nano-s", "--batches", "1,2"], "too small"),
         (["calibrate", "-m", "nano-s", "--time-limit", "nan"], "--time-limit nan"),
-        (["calibrate", "-m", "nano-s", "--engine-arg", "eager"], "write name=value"),
+        (["calibrate", "-m", "nano-s", "--engine-arg", "eager"], "write it as enforce_eager=true"),
         (["calibrate", "-m", "nano-s", "--out", "/proc/none/p.json"], "can't be written"),
         (["calibrate", "-m", "nano-s", "--out", "/tmp"], "a folder, or no permission"),
         (["calibrate", "-m", "nano-s", "--kv-budgets", "16", "--kv-block", "64"], "under one page of 64"),

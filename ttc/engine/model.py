@@ -36,6 +36,7 @@ class ModelFiles:
     context: int
     thinking_tokens: int
     identity: Mapping[str, str]
+    files: Mapping[str, str]
 
 
 def load_model_files(model: str) -> ModelFiles:
@@ -63,6 +64,7 @@ def load_model_files(model: str) -> ModelFiles:
         context=int(config.get("max_position_embeddings") or 0),
         thinking_tokens=_THINKING_MARGIN * int(card.get("typical_thinking_tokens", 0)),
         identity={"model": str(card.get("name", model)), "weights": fingerprint(folder)},
+        files={file.name: _digest(file).hexdigest()[:8] for file in _told(folder)},
     )
 
 
@@ -132,10 +134,23 @@ def _sampling(folder: Path, card: Mapping[str, Any]) -> Sampling:
 
 def fingerprint(folder: Path) -> str:
     """Of config and weights: contents of small weights, sizes of large ones; 16 hexadecimal digits."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    digest = hashlib.sha256()
+    for file in _told(folder):
+        digest = _digest(file, digest)
+    return digest.hexdigest()[:16]
+
+
+def _told(folder: Path) -> list[Path]:
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
+def _digest(file: Path, digest: hashlib._Hash | None = None) -> hashlib._Hash:
+    """``digest`` (a new one if not given) with what tells the file from others."""
+    digest = digest or hashlib.sha256()
+    if file.suffix != ".json":
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
-        if size <= _HASHED_WEIGHTS_BYTES:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+        if size > _HASHED_WEIGHTS_BYTES:
+            return digest
+    digest.update(file.read_bytes())
+    return digest

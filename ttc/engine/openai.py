@@ -120,6 +120,7 @@ class OpenAIEngine:
                 "model": served.id,
                 "server": f"vllm {self._server.version}".strip() if self._server.is_vllm else "openai",
             },
+            files=files.files if files is not None else {},
         )
 
     # -- start-up ----------------------------------------------------------------------------------

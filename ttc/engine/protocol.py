@@ -28,7 +28,8 @@ class EngineInfo:
     can is a ``ProbingEngine``); where it takes a request of its own, ``probe_prefill`` is how much of the branch that may have to
     compute again (None: it takes none). ``inserts``: it is an ``InsertingEngine``. ``kv_page`` is the tokens of a KV page where
     branches can decode sparsely; None: they can't, and ``kv_reason`` says why. ``identity`` names model and versions for run.json,
-    which a resumed run must match.
+    which a resumed run must match; ``engine_args`` (settings of the engine's own) and ``files`` (digests of
+    the model's files) are told there, too.
     """
 
     name: str
@@ -49,6 +50,8 @@ class EngineInfo:
     kv_page: int | None = None
     kv_reason: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
+    engine_args: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Progress(NamedTuple):

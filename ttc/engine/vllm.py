@@ -16,6 +16,7 @@ from ttc.attention.settings import CONFIG_KEY, KvSetting, check_when
 from ttc.engine.course import FAR
 from ttc.engine.model import ModelFiles, load_model_files
 from ttc.engine.protocol import Counters, EngineInfo, Progress, StepReport
+from ttc.engine.vllm_args import check_engine_args, in_words, shaping
 from ttc.engine.vllm_forks import Forks, Passes, Running
 from ttc.engine.vllm_spelling import Spelling, with_delimiter
 from ttc.engine.vllm_start import (
@@ -42,11 +43,12 @@ class VLLMEngine:
     """An in-process vLLM engine behind the ``Engine`` protocol.
 
     ``model`` is a nano name, a local path or a hub id. ``concurrency`` is the most branches in flight (vLLM's max_num_seqs);
-    ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours; ``think_close`` names the delimiter that ends a
-    thought, where the model's own files don't tell; ``kv_page`` is the tokens of a KV page (vLLM's block size; None: vLLM's own, or
-    with ``short_pages``, for work that goes on from its own tokens, the shortest: a step computes its last page again);
-    ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster"; see ``SparseOptions``). Raises
-    InputError for a model that can't be found or a page that can't be, and EngineError if vLLM is missing or does not start.
+    ``engine_args`` are passed to vLLM's ``EngineArgs`` and win over ours (a text is read as on vLLM's command line);
+    ``think_close`` names the delimiter that ends a thought, where the model's own files don't tell; ``kv_page`` is the tokens of a
+    KV page (vLLM's block size; None: vLLM's own, or with ``short_pages``, for work that goes on from its own tokens, the shortest:
+    a step computes its last page again); ``kv_when`` a branch with a KV budget reads a part only (None: the engine's own, "faster";
+    see ``SparseOptions``). Raises InputError for a model that can't be found, an argument that vLLM does not have or a page that
+    can't be, and EngineError if vLLM is missing or does not start.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class VLLMEngine:
         if think_close is not None:
             self.files = with_delimiter(self.files, think_close)
         self._vllm = import_vllm()
+        own = check_engine_args(engine_args or {})
         self._stats = Stats()
         page_of = shortest_page(self._vllm) if short_pages and kv_page is None else kv_page
         told: dict[str, Any] = {} if page_of is None else {"block_size": checked_page(self._vllm, page_of)}
@@ -79,7 +82,7 @@ class VLLMEngine:
             told["additional_config"] = {CONFIG_KEY: {} if kv_when is None else {"when": check_when(kv_when)}}
         self._llm = start(
             self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
-            extra=told | dict(engine_args or {}),
+            extra=told | own | _merged("additional_config", told, own),
         )  # fmt: skip
         self.spelling = Spelling(self._llm.get_tokenizer(), self.files)
         config = self._llm.model_config
@@ -111,10 +114,13 @@ class VLLMEngine:
             identity={
                 **({} if kv_page is None else {"kv_page": str(kv_page)}),
                 **({} if kv_when is None else {"kv_when": kv_when}),
+                **({"engine_args": in_words(shaped)} if (shaped := shaping(own)) else {}),
                 **self.files.identity,
                 "vllm": vllm_version(),
                 "dtype": str(config.dtype).removeprefix("torch."),
             },
+            engine_args=in_words(own),
+            files=self.files.files,
         )
         self._running: dict[int, Running] = {}
         self._ended: list[tuple[int, Completion]] = []
@@ -488,3 +494,9 @@ def _paused(output: Any, running: Running) -> bool:
 
 def _finish(output: Any) -> Finish:
     return "stop" if output.outputs[0].finish_reason == "stop" else "length"
+
+
+def _merged(key: str, *given: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping under ``key`` with the entries that each has there, the last first."""
+    found = [each[key] for each in given if key in each]
+    return {key: {name: value for each in found for name, value in each.items()}} if found else {}
