@@ -119,7 +119,11 @@ def test_a_hostile_expression_times_out_and_the_next_answer_is_judged() -> None:
     made = Math(limit_s=0.5)
     with pytest.raises(VerifierError, match=r"no verdict within 0\.5 s"):
         made.verify(problem(), HANGS)
-    assert made._sandbox.pid is None
+    second, third = made._sandbox.pid, made._sandbox._next
+    assert third is not None
+    with pytest.raises(VerifierError, match=r"no verdict within 0\.5 s"):
+        made.verify(problem(), HANGS)
+    assert made._sandbox.pid == third.process.pid != second, "it stood by when the second was killed"
     made._limit_s = LIMIT_S
     assert made.verify(problem("x+1"), "1+x").correct
     made.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ttc.answers import extract
 from ttc.types import AnswerFormat, Problem, Verdict
-from ttc.verifiers import ReasoningGym
+from ttc.verifiers import LIMIT_S, VOTE_LIMIT_S, Math, ReasoningGym
 from ttc.verify import AnswerClasses, Verifier, can_verify, verifier
 
 
@@ -29,10 +29,15 @@ class Jury:
         self._classes: dict[str, AnswerClasses] = {}
 
     def start(self, problems: Iterable[Problem]) -> None:
-        """Start what will judge these problems, where every verdict needs a process: the first is not kept waiting for it."""
-        for problem in {problem.verifier: problem for problem in problems}.values():
+        """Start what will judge these problems, where verdicts need a process: the first is not kept waiting for it."""
+        for problem in {(p.verifier, _algebra(p)): p for p in problems}.values():
             judging = _of(self._judging, problem)
             if isinstance(judging, ReasoningGym):
+                judging.start()
+            elif isinstance(judging, Math) and _algebra(problem):
+                voting = _of(self._voting, problem, VOTE_LIMIT_S)
+                assert isinstance(voting, Math)
+                voting.start()
                 judging.start()
 
     def answer(self, problem: Problem, text: str) -> str | None:
@@ -43,7 +48,9 @@ class Jury:
         """The representative of the answer's class: the first answer of this problem that equals it."""
         classes = self._classes.get(problem.id)
         if classes is None:
-            classes = self._classes[problem.id] = AnswerClasses(_of(self._voting, problem), problem)
+            classes = self._classes[problem.id] = AnswerClasses(
+                _of(self._voting, problem, VOTE_LIMIT_S), problem
+            )
         before = len(classes.failures)
         representative = classes.representative(answer)
         self.failures += len(classes.failures) - before
@@ -66,7 +73,11 @@ class Jury:
             each.close()
 
 
-def _of(verifiers: dict[str, Verifier], problem: Problem) -> Verifier:
+def _algebra(problem: Problem) -> bool:
+    return problem.verifier == Math.name and problem.gold is not None and Math.needs_algebra(problem.gold)
+
+
+def _of(verifiers: dict[str, Verifier], problem: Problem, limit_s: float = LIMIT_S) -> Verifier:
     if problem.verifier not in verifiers:
-        verifiers[problem.verifier] = verifier(problem.verifier)
+        verifiers[problem.verifier] = verifier(problem.verifier, limit_s)
     return verifiers[problem.verifier]

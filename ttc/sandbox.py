@@ -2,8 +2,8 @@
 
 Symbolic algebra on ``9^{9^{9^9}}`` does not end, and reasoning-gym's scorers ``eval`` what a model wrote. So
 both run in a child (``ttc.verify_worker``) that speaks JSON lines, owns no secrets, has bounded memory, and
-is killed and started anew when a call outlives its limit. The child never imports the caller's main module.
-This contains accidents; it is no jail for an attacker.
+is killed by the clock when a call outlives its limit; what takes its place is started before it is needed.
+The child never imports the caller's main module. This contains accidents; it is no jail for an attacker.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from ttc.errors import InputError, VerifierError
 START_LIMIT_S = 120.0
 """The longest wait for the child's imports; a cold disk is slow, a hung import must not be for ever."""
 
-PATIENCE = 4.0
-"""A call may take this many times its CPU limit by the wall clock: a busy machine must not turn right answers
-into failures, and a call that sleeps must end too."""
-
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from ttc.verify_worker import main; main(sys.argv[1])"
 """Gives the child the parent's module path, in the parent's order and as late: before that, as with
@@ -37,21 +33,23 @@ PYTHONPATH, a file named types.py beside a user's script would stop the interpre
 
 
 class Sandbox:
-    """A child with ``library`` ("math" or "rg") loaded: started at the first call, or by ``start``, and again after a kill."""
+    """A child with ``library`` ("math" or "rg") loaded: started at the first call, or by ``start``.
+
+    A child that was killed, or died, is replaced at once, without waiting; from then on another stands by with its imports done,
+    so that a second hostile text costs its limit and no more.
+    """
 
     def __init__(self, library: str) -> None:
         self.library = library
-        self._process: subprocess.Popen[bytes] | None = None
-        self._greeted = False
-        self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._child: _Child | None = None
+        self._next: _Child | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
     def call(self, op: str, limit_s: float, **arguments: Any) -> Any:
-        """What ``op`` returns. VerifierError: it failed, crashed the child or used more than ``limit_s`` of CPU
-        time; InputError: it refused."""
-        settings = {"op": op, "cpu_s": limit_s, "wall_s": PATIENCE * limit_s}
-        request = json.dumps({**settings, **arguments}).encode() + b"\n"
+        """What ``op`` returns. VerifierError: it failed, crashed the child or was not done in ``limit_s`` seconds by the clock (the
+        wait for a child's imports apart); InputError: it refused."""
+        request = json.dumps({"op": op, "limit_s": limit_s, **arguments}).encode() + b"\n"
         with self._lock:
             reply = self._exchange(request, limit_s)
         if "error" not in reply:
@@ -62,92 +60,108 @@ class Sandbox:
         """Start the child, if there is none, and don't wait for its imports: the first call does."""
         with self._lock:
             self._mine()
-            if self._process is None:
-                self._spawn()
+            self._child = self._child or _Child(self.library)
 
     @property
     def pid(self) -> int | None:
         """The child's process id, None while there is no child."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
 
     def close(self) -> None:
         """Kill the child and reap it; a later call starts another."""
         with self._lock:
-            self._kill()
+            for child in (self._child, self._next):
+                if child is not None:
+                    child.kill()
+            self._child = self._next = None
 
     def _exchange(self, request: bytes, limit_s: float) -> Mapping[str, Any]:
         self._mine()
-        if self._process is not None and self._process.poll() is not None:  # it died while idle
-            self._kill()
-        for attempt in (1, 2):
-            process = self._process or self._spawn()
-            assert process.stdin is not None
-            if not self._greeted:
-                self._greet()
+        if self._child is not None and self._child.process.poll() is not None:  # it died while idle
+            self._replace()
+        self._child = self._child or _Child(self.library)
+        try:
+            self._child.greet()
+        except InputError:
+            self._child = None
+            raise
+        try:
             try:
-                process.stdin.write(request)
-                break
-            except OSError as error:  # it dies just now: one new child is tried
-                self._kill()
-                if attempt == 2:
-                    raise VerifierError(f"the {self.library} worker does not stay up: {error}") from None
-        return self._read(PATIENCE * limit_s, f"no verdict within {limit_s:g} s")
+                self._child.write(request)
+            except OSError:  # it dies just now: one new child is tried
+                self._replace()
+                self._child.greet()
+                self._child.write(request)
+            reply = self._child.read(limit_s, f"no verdict within {limit_s:g} s")
+        except OSError as error:
+            self._replace()
+            raise VerifierError(f"the {self.library} worker does not stay up: {error}") from None
+        except BaseException:  # Ctrl-C too: a half-read reply would be taken for the next call's
+            self._replace()
+            raise
+        if reply.get("last"):
+            self._replace()
+        return reply
+
+    def _replace(self) -> None:
+        """The child is no good any more: the next takes its place, and another is started to stand by."""
+        assert self._child is not None
+        self._child.kill()
+        self._child = self._next or _Child(self.library)
+        self._next = _Child(self.library)
 
     def _mine(self) -> None:
-        if self._owner != os.getpid():  # forked: the pipe belongs to the other process
-            self._process, self._finalizer, self._owner = None, None, os.getpid()
+        if self._owner != os.getpid():  # forked: the pipes belong to the other process
+            self._child, self._next, self._owner = None, None, os.getpid()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+
+class _Child:
+    """A running child process and its pipe."""
+
+    def __init__(self, library: str) -> None:
+        self._library, self._greeted = library, False
         path = (entry or os.getcwd() for entry in sys.path)
-        command = [sys.executable, "-P", "-c", _BOOT, self.library, *path]
-        process = subprocess.Popen(
+        command = [sys.executable, "-P", "-c", _BOOT, library, *path]
+        self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env=_environment(), start_new_session=True,
         )  # fmt: skip
-        self._process, self._greeted = process, False
-        self._finalizer = weakref.finalize(self, _reap, process, self._owner)
-        return process
+        self.kill = weakref.finalize(self, _reap, self.process, os.getpid())
 
-    def _greet(self) -> None:
-        """Wait for the child's imports."""
-        hello = self._read(START_LIMIT_S, f"the {self.library} worker took over {START_LIMIT_S:g} s to start")
+    def greet(self) -> None:
+        """Wait for the child's imports, once. Raises InputError, and kills the child, if they fail."""
+        if self._greeted:
+            return
+        hello = self.read(START_LIMIT_S, f"the {self._library} worker took over {START_LIMIT_S:g} s to start")
         if "error" in hello:
-            self._kill()
+            self.kill()
             raise InputError(hello["error"])
         self._greeted = True
 
-    def _read(self, limit_s: float, late: str) -> Mapping[str, Any]:
-        """The next line of the child; kills it when the line does not come in time or the child is gone."""
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
+    def write(self, request: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(request)
+
+    def read(self, limit_s: float, late: str) -> Mapping[str, Any]:
+        """The next line of the child. Raises VerifierError when it does not come in time, or the child is gone."""
+        stdout = self.process.stdout
+        assert stdout is not None
         deadline = time.monotonic() + limit_s
         poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
+        poll.register(stdout, select.POLLIN)
         line = bytearray()
-        try:
-            while not line.endswith(b"\n"):
-                left_ms = (deadline - time.monotonic()) * 1e3
-                if left_ms <= 0 or not poll.poll(left_ms):
-                    raise VerifierError(late)
-                piece = os.read(process.stdout.fileno(), 1 << 16)
-                if not piece:
-                    status = _status(process)
-                    spent = status == signal.SIGPROF.name
-                    raise VerifierError(late if spent else f"the {self.library} worker died ({status})")
-                line += piece
-            reply: Mapping[str, Any] = json.loads(line)
-        except BaseException:  # Ctrl-C too: a half-read reply would be taken for the next call's
-            self._kill()
-            raise
-        if reply.get("last"):
-            self._kill()
+        while not line.endswith(b"\n"):
+            left_ms = (deadline - time.monotonic()) * 1e3
+            if left_ms <= 0 or not poll.poll(left_ms):
+                raise VerifierError(late)
+            piece = os.read(stdout.fileno(), 1 << 16)
+            if not piece:
+                status = _status(self.process)
+                spent = status == signal.SIGPROF.name
+                raise VerifierError(late if spent else f"the {self._library} worker died ({status})")
+            line += piece
+        reply: Mapping[str, Any] = json.loads(line)
         return reply
-
-    def _kill(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()
-        self._process, self._finalizer = None, None
 
 
 _SPARE: dict[str, Sandbox] = {}

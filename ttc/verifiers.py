@@ -14,7 +14,9 @@ from ttc.sandbox import Sandbox, leave, take
 from ttc.types import Problem, Verdict
 
 LIMIT_S = 5.0
-"""The CPU time that one answer may take; by the clock, ``ttc.sandbox.PATIENCE`` times as long."""
+"""Seconds by the clock that one answer may take, whatever else the machine does (a common one takes a few milliseconds)."""
+VOTE_LIMIT_S = 2.0
+"""The same for comparing two answers of a vote, which the engine waits for: one that takes longer is an answer of its own."""
 LONGEST_ANSWER = 20_000
 LONGEST_EXPRESSION = 2_000
 """Characters, of any answer and of one that needs algebra. Longer text is a model gone astray, and would
@@ -54,6 +56,10 @@ class Math:
         self._limit_s = limit_s
         self._sandbox = Sandbox("math")
 
+    def start(self) -> None:
+        """Start the algebra's process now rather than at the first answer that needs it."""
+        self._sandbox.start()
+
     def verify(self, problem: Problem, answer: str) -> Verdict:
         gold = _gold(problem)
         decided = self._plainly(gold, answer)
@@ -71,6 +77,13 @@ class Math:
 
     def close(self) -> None:
         self._sandbox.close()
+
+    @staticmethod
+    def needs_algebra(gold: str) -> bool:
+        """Are answers like ``gold`` more than whole numbers and words?"""
+        text = plain(gold)
+        value = number(text)
+        return not (value is not None and value.denominator == 1) and not _WORDS.fullmatch(text)
 
     @staticmethod
     def _plainly(a: str, b: str) -> bool | None:

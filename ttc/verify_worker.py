@@ -87,8 +87,9 @@ def _answer(operations: Mapping[str, Callable[..., Any]], line: bytes) -> dict[s
     try:
         request = json.loads(line)
         # SIGPROF and SIGALRM end this process, whatever it is at; the latter should the parent be gone
-        signal.setitimer(signal.ITIMER_PROF, request.pop("cpu_s"))
-        signal.setitimer(signal.ITIMER_REAL, request.pop("wall_s") + 2.0)
+        limit_s = request.pop("limit_s")
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
+        signal.setitimer(signal.ITIMER_REAL, limit_s + 2.0)
         return {"value": operations[request.pop("op")](**request)}
     except InputError as error:
         return {"error": str(error), "input": True}
