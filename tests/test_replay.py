@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.test_driver import make_driver
+from tests.driving import make_driver
 from ttc.budget import Budget
 from ttc.costmodel.records import Pool, PooledProblem
 from ttc.driver import Driver

@@ -96,4 +96,4 @@ def test_bad_policies_are_named_with_a_mend(text: str, message: str) -> None:
 
 
 def test_a_policy_of_ones_own_is_found_by_its_path() -> None:
-    assert parse("tests.test_driver:EarlyStop?n=3").name == "early-stop"
+    assert parse("tests.driving:EarlyStop?n=3").name == "early-stop"

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
+from tests.driving import Dies, make_driver, total
 from tests.engine.http_engine import serving
 from tests.engine.mock_server import Call, Script
-from tests.test_driver import Dies, make_driver, total
 from tests.waiting import LIMIT_S
 from ttc.api import Run, Settings
 from ttc.budget import Budget

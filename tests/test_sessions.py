@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.test_driver import Dies, EarlyStop, make_driver
+from tests.driving import Dies, EarlyStop, make_driver
 from ttc.api import Run, Settings, run
 from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, Script
@@ -149,6 +152,80 @@ def test_under_eflops_a_failed_request_is_issued_again_if_a_lease_of_it_fits(sha
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------------------
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps=st.integers(0, 300), tear=st.integers(0, 60), n=st.integers(1, 6))
+def test_resume_after_a_crash_samples_nothing_twice_and_loses_nothing(
+    tmp_path_factory: pytest.TempPathFactory, steps: int, tear: int, n: int
+) -> None:
+    directory = tmp_path_factory.mktemp("run")
+    config = {"model": "fake", "seed": 0}
+    policy, budget, problems = parse(f"self-consistency?n={n}"), Budget(100_000, "tokens"), make_problems(6)
+    whole = {
+        r.problem_id: (r.answer, r.charge.tokens)
+        for r in make_driver(FakeEngine(), policy, budget).run(problems)
+    }
+
+    first = Ledger.open(directory, config)
+    dying = Dies(steps, concurrency=5)
+    with contextlib.suppress(EngineError):
+        list(make_driver(dying, policy, budget, ledger=first).run(problems))
+    first.close()
+    branches = directory / "branches.jsonl"
+    finished = branches.read_bytes()
+    if tear and finished:  # a torn last line, as a crash of the machine leaves it
+        branches.write_bytes(finished[: -min(tear, len(finished.splitlines()[-1]))])
+
+    second = Ledger.open(directory, config)
+    kept = {(p, i) for (p, i) in second._recorded}
+    done = set(second.results)
+    engine = FakeEngine(concurrency=5)
+    results = list(make_driver(engine, policy, budget, ledger=second).run(problems))
+    second.close()
+    assert {r.problem_id: r.answer for r in results} == {p: a for p, (a, _) in whole.items()}
+    again = set(engine._issued)
+    assert not again & kept, "a finished branch was sampled again"
+    assert not {p for p, _ in again} & done
+    third = Ledger.open(directory, config)
+    missing = {(f"p{p}", i) for p in range(6) for i in range(n)} - set(third._recorded)
+    assert {p for p, _ in missing} <= done, (
+        "only a torn branch of a finished problem may be gone: its result stands"
+    )
+    assert set(third.results) == {p.id for p in problems}
+    third.close()
+
+
+def test_stop_saves_what_runs_and_the_rest_is_resumed(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, {"seed": 0})
+    engine = FakeEngine(concurrency=4)
+    driver = make_driver(engine, parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=ledger)
+
+    def stop_late(status: object) -> None:
+        if engine.now > 1.0:
+            driver.stop()
+
+    driver.on_step = stop_late
+    early = list(driver.run(make_problems(10)))
+    ledger.close()
+    assert driver.interrupted
+    assert driver.status.charge.tokens == engine.counters().output_tokens, (
+        "cancelled branches are charged too"
+    )
+    assert len(early) < 10
+
+    again = Ledger.open(tmp_path, {"seed": 0})
+    assert sum(len(c) for c in again.interrupted.values()) > 0
+    fresh = FakeEngine()
+    resumed = make_driver(fresh, parse("self-consistency?n=4"), Budget(100_000, "tokens"), ledger=again)
+    results = list(resumed.run(make_problems(10)))
+    again.close()
+    status = resumed.status
+    assert status.replayed_tokens == driver.status.charge.tokens
+    assert status.charge.tokens - status.replayed_tokens == fresh.counters().output_tokens
+    assert status.samples == 40
+    assert len(results) == 10
+    assert all(r.answer for r in results)
+
+
 def test_a_long_policy_that_asks_one_at_a_time_resumes(tmp_path: Path) -> None:
     text = "adaptive-consistency?n=400&confidence=1.0"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PlainJudge, make_problems
-from tests.test_driver import make_driver, total
+from tests.driving import make_driver, total
 from ttc.budget import Budget, Unit
 from ttc.engine.course import Course
 from ttc.engine.fake import CLOSE as FAKE_CLOSE

@@ -169,7 +169,7 @@ def test_more_prompts_than_a_prefill_holds_do_not_kill_the_engine(engine: VLLMEn
 
 def test_the_ledger_equals_vllms_own_counters(engine: VLLMEngine) -> None:
     before = engine.counters()
-    settings = Settings(policy="tests.test_driver:EarlyStop?n=4", budget="3k tokens", max_thinking_tokens=150)
+    settings = Settings(policy="tests.driving:EarlyStop?n=4", budget="3k tokens", max_thinking_tokens=150)
     run = Run(sums(20, seed=6), engine, settings)
     results = list(run.results())
     after = engine.counters()

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import make_problems
-from tests.test_driver import make_driver
+from tests.driving import make_driver
 from tests.test_replay import make_pool, replay_driver
 from ttc.budget import Budget
 from ttc.cli.main import app

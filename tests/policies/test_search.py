@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.test_driver import make_driver, total
+from tests.driving import make_driver, total
 from ttc.api import _check_control, check_reward
 from ttc.budget import Budget, Unit
 from ttc.costmodel import ModelShape

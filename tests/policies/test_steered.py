@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import ttc
 from tests.conftest import make_problems
-from tests.test_driver import make_driver, total
+from tests.driving import make_driver, total
 from ttc.api import Run, Settings, _check_control
 from ttc.budget import Budget, Unit
 from ttc.engine.course import Course, check_words
