@@ -32,7 +32,10 @@ KvBudget = Annotated[
     int | None, typer.Option(help="KV tokens that each decoded token attends to; default all.")
 ]
 KvBlock = Annotated[int | None, typer.Option(help="Page size in tokens of a method that searches pages.")]
-KvMethod = Annotated[str | None, typer.Option(help="Sparse method: oracle, block, quest, streaming, …")]
+KvMethod = Annotated[
+    str | None,
+    typer.Option(help="block-topk, quest, streaming, power, oracle-topk; bounds: token-topk, token-window."),
+]
 Batch = Annotated[float, typer.Option(help="Sequences that share a step, and so a pass over the weights.")]
 PromptTokens = Annotated[float, typer.Option(help="Tokens of the prompt.")]
 ProfileFile = Annotated[

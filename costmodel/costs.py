@@ -78,6 +78,8 @@ class SparseMethod:
         """``quest`` or ``quest?dense_layers=1&share_layers=4&share_steps=2`` (the plugin's options) or
         ``?sinks=4`` (tokens on top of the budget). Raises InputError by name."""
         name, _, options = text.partition("?")
+        if name in RENAMED:
+            raise InputError(f"kv_method: {name!r} is called {RENAMED[name]!r} everywhere now; write that")
         if name not in METHODS:
             raise InputError(f"kv_method is {text!r}; known: dense, {', '.join(METHODS)}")
         told = {"dense_layers": 0, "sinks": 0, "share_layers": 1, "share_steps": 1}
@@ -98,19 +100,23 @@ METHODS: Mapping[str, SparseMethod] = MappingProxyType(
     {
         m.name: m
         for m in (
-            SparseMethod("oracle"),  # exact top-k at no search cost: Kinetics' upper bound
-            SparseMethod("local"),  # recent window, sinks inside the budget, token by token
             # The plugin's methods (ttc.attention); the first page and the last are inside the budget.
             SparseMethod("block-topk", summaries=1, paged=True),  # mean key per page, Kinetics eq. (9)
             SparseMethod("quest", summaries=2, paged=True),  # channel-wise minimum and maximum per page
             SparseMethod("streaming", paged=True),  # the first and the latest pages (StreamingLLM)
             SparseMethod("power", paged=True),  # static pages at distances 2^i (PowerAttention)
             SparseMethod("oracle-topk", paged=True),  # by true attention mass; its search is not charged
-            SparseMethod("block", summaries=1, paged=True),  # block-topk under the paper's name
-            SparseMethod("meanmax", summaries=2, paged=True),
+            # Bounds that no engine has, token by token.
+            SparseMethod("token-topk"),  # exact top-k at no search cost: Kinetics' upper bound
+            SparseMethod("token-window"),  # recent window, sinks inside the budget
         )
     }
 )
+
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {"block": "block-topk", "meanmax": "quest", "oracle": "token-topk", "local": "token-window"}
+)
+"""What methods were called when the cost model had names of its own."""
 
 
 def kinetics(
@@ -355,8 +361,8 @@ def _validate(prompt_tokens: Any, generated_tokens: Any, samples: Any, start_tok
 
 
 def sparse_rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None) -> SparseMethod | None:
-    """The sparse method in force: None is dense; a budget alone is the oracle, with a block size block
-    top-k."""
+    """The sparse method in force: None is dense; a budget alone is top-k by token at no
+    search cost, with a block size ``block-topk``."""
     if kv_budget is None:
         return None
     if method == "dense":
@@ -366,7 +372,7 @@ def sparse_rule(kv_budget: Any, kv_block: Any, method: str | SparseMethod | None
         if not least >= 1:
             raise InputError(f"{name} is {least}; give 1 or more tokens, or leave it out")
     if method is None:
-        rule = METHODS["oracle" if kv_block is None else "block"]
+        rule = METHODS["token-topk" if kv_block is None else "block-topk"]
     elif isinstance(method, SparseMethod):
         rule = method
     else:

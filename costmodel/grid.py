@@ -30,7 +30,7 @@ def price_grid(
     kv_budgets: Floats,
     prompt_tokens: float = 150.0,
     kv_block: int = 32,
-    method: str = "block",
+    method: str = "block-topk",
     intensity: float = KINETICS_INTENSITY,
 ) -> Grid:
     """Both conventions on the whole grid; a KV budget of infinity is dense. One formula call per model."""

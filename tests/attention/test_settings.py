@@ -25,6 +25,12 @@ from ttc.errors import InputError
         (0, None, "kv-budget: 0"),
         (-5, "quest", "kv-budget: -5"),
         (64, "best", "kv-method: 'best'"),
+        (64, "meanmax", "kv-method: 'meanmax' is called quest;"),
+        (
+            64,
+            "oracle",
+            "kv-method: 'oracle' is called token-topk, in the cost model only; use one of block-topk",
+        ),
         (None, "quest", "add --kv-budget"),
     ],
 )

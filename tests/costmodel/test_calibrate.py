@@ -31,7 +31,7 @@ class Synthetic:
         if phase == "prefill":
             linear, attention = prefill_flops(SHAPE, context)
             return float(0.1 + linear / 2e11 + attention / 1e11)
-        kv, search = decode_bytes(SHAPE, context, kv_budget, 32, "block")
+        kv, search = decode_bytes(SHAPE, context, kv_budget, 32, "block-topk")
         chosen = 0.0 if kv_budget is None else 0.02 + batch * 0.001
         return 0.1 + batch * (0.004 + kv / 6e9 + search / 3e9) + chosen
 
@@ -47,7 +47,7 @@ class Synthetic:
 
 def _calibrated(machine: Synthetic) -> Profile:
     cells = design(kv_budgets=(64, 256))
-    return fit(SHAPE, measure(machine, cells, rounds=3), kv_block=32, kv_method="block")
+    return fit(SHAPE, measure(machine, cells, rounds=3), kv_block=32, kv_method="block-topk")
 
 
 def test_a_quiet_machine_is_recovered_exactly() -> None:
@@ -78,7 +78,7 @@ def test_a_machine_without_overheads_is_no_error(scale: float) -> None:
             weights = float(SHAPE.step_weight_bytes(1)) / 6e9
             if phase == "prefill":
                 return scale * (weights + float(sum(prefill_flops(SHAPE, context))) / 2e11)
-            kv, _ = decode_bytes(SHAPE, context, kv_budget, 32, "block")
+            kv, _ = decode_bytes(SHAPE, context, kv_budget, 32, "block-topk")
             return scale * (weights + batch * (SHAPE.token_flops / 2e11 + kv / 6e9))
 
     terms = fit(SHAPE, measure(Pure(), design(), rounds=1)).terms

@@ -214,7 +214,7 @@ def test_weight_reads_replace_the_batch() -> None:
 def test_arrays_equal_numbers_and_broadcast() -> None:
     rng = np.random.default_rng(0)
     for s in SHAPES:
-        for method in ("oracle", "block", "quest"):
+        for method in ("token-topk", "block-topk", "quest"):
             lin, lout = rng.integers(0, 900, 50), rng.integers(0, 900, 50)
             budget = np.where(rng.random(50) < 0.3, math.inf, rng.integers(1, 900, 50))
             for convention in (kinetics, full):
@@ -242,11 +242,17 @@ def test_methods_and_tensor_parallel() -> None:
     s, common = SHAPES[0], {"prompt_tokens": 100, "generated_tokens": 4000, "kv_budget": 512}
     price = {m: full(s, **common, method=m, kv_block=32).eflops() for m in METHODS}
     # a paged method's last page is filled in part, so it reads half a page less than its budget
-    assert price["streaming"] == price["power"] == price["oracle-topk"] < price["oracle"] == price["local"]
-    assert price["streaming"] < price["block"] == price["block-topk"] < price["quest"]
+    assert (
+        price["streaming"]
+        == price["power"]
+        == price["oracle-topk"]
+        < price["token-topk"]
+        == price["token-window"]
+    )
+    assert price["streaming"] < price["block-topk"] < price["quest"]
     assert close(full(s, **common, method="dense"), full(s, prompt_tokens=100, generated_tokens=4000))
     sinks = SparseMethod("sinks", extra_tokens=4)
-    assert full(s, **common, method=sinks).bytes > full(s, **common, method="oracle").bytes
+    assert full(s, **common, method=sinks).bytes > full(s, **common, method="token-topk").bytes
     one, two, wide = (full(s, prompt_tokens=1, generated_tokens=100, tensor_parallel=t) for t in (1, 8, 16))
     assert one.bytes == two.bytes < wide.bytes
 
@@ -277,7 +283,9 @@ def test_a_method_takes_the_plugins_options() -> None:
         ({"samples": np.array([1, -2])}, "samples is -2"),
         ({"kv_budget": 0}, "kv_budget is 0"),
         ({"kv_budget": 9, "kv_block": -3}, "kv_block is -3"),
-        ({"kv_budget": 9, "method": "magic"}, "known: dense, oracle"),
+        ({"kv_budget": 9, "method": "magic"}, "known: dense, block-topk"),
+        ({"kv_budget": 9, "method": "block"}, "'block' is called 'block-topk'"),
+        ({"kv_budget": 9, "method": "oracle?sinks=4"}, "'oracle' is called 'token-topk'"),
     ],
 )
 def test_bad_arguments_get_one_line(bad: dict[str, Any], told: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ttc.costmodel.costs import RENAMED
 from ttc.errors import InputError
 
 METHODS = ("block-topk", "quest", "streaming", "power", "oracle-topk")
@@ -33,6 +34,10 @@ class KvSetting:
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
             raise InputError(f"kv-budget: {self.budget!r}; give a whole number of tokens, one page or more")
+        if self.method in RENAMED:
+            name = RENAMED[self.method]
+            known = name if name in METHODS else f"{name}, in the cost model only"
+            raise InputError(f"kv-method: {self.method!r} is called {known}; use one of {', '.join(METHODS)}")
         if self.method not in METHODS:
             raise InputError(f"kv-method: {self.method!r} is not known; use one of {', '.join(METHODS)}")
 
