@@ -6,7 +6,7 @@ Owns amounts, units and reservations; knows no prices (``ttc.pricing``) and no e
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from ttc.errors import InputError
@@ -65,9 +65,6 @@ class Budget:
     def __str__(self) -> str:
         return f"{format_amount(self.amount, self.unit)} {'a problem' if self.scope == 'problem' else 'for the run'}"
 
-    def over(self, scope: Scope) -> Budget:
-        return replace(self, scope=scope)
-
 
 def _scale_and_unit(prefix: str, word: str, text: str) -> tuple[float, Unit]:
     """Resolve the letters after the number; the first may be an SI prefix of the unit (TeFLOPs) or part of it (tokens)."""
@@ -104,8 +101,9 @@ def format_amount(amount: float, unit: str) -> str:
 class Meter:
     """One scope's account: ``spent`` is settled, ``held`` is the most that running work may still settle at.
 
-    The invariant ``spent + held <= limit`` is kept by ``hold`` and ``extend`` refusing; ``settle`` may only lower it. Floating
-    amounts are compared with a relative slack of 1e-12, which absorbs rounding of sums and no more.
+    The invariant ``spent + held <= limit`` is kept by ``hold`` refusing; ``settle`` may only lower it. Floating amounts are
+    compared with a relative slack of 1e-12, which absorbs rounding of sums and no more. Beside the tickets of running work (above
+    0) a problem, by its ``order``, may have an amount reserved: what an answer to it costs, which nothing else may spend.
     """
 
     __slots__ = ("_holds", "held", "limit", "spent")
@@ -125,16 +123,8 @@ class Meter:
         """What may still be promised: the limit less what is spent and what is held."""
         return self.limit - self.spent - self.held
 
-    @property
-    def running(self) -> int:
-        return len(self._holds)
-
     def fits(self, amount: float) -> bool:
         return amount <= self.available + 1e-12 * self.limit
-
-    def promised(self, ticket: int) -> float:
-        """What is held for a ticket."""
-        return self._holds.get(ticket, 0.0)
 
     def hold(self, ticket: int, amount: float) -> bool:
         """Promise ``amount`` to a ticket; False, and nothing changes, if it does not fit."""
@@ -150,3 +140,20 @@ class Meter:
         released = self._holds.pop(ticket, 0.0)
         self.held = sum(self._holds.values()) if len(self._holds) < 64 else self.held - released
         self.spent += amount
+
+    def reserve(self, order: int, amount: float) -> bool:
+        """Keep ``amount`` for a problem's answer (in place of what was kept); False, and nothing changes, if it does not fit."""
+        return self.hold(_reservation(order), amount)
+
+    def reserved(self, order: int) -> float:
+        """What is kept for a problem's answer."""
+        return self._holds.get(_reservation(order), 0.0)
+
+    def release(self, order: int) -> None:
+        """Nothing is kept for the problem any more."""
+        self.settle(_reservation(order), 0.0)
+
+
+def _reservation(order: int) -> int:
+    """The ticket of a problem's reservation: below 0, where no running work has its own."""
+    return -1 - order

@@ -39,7 +39,7 @@ class Cashier:
 
     def prompt(self, job: Job, request: Request) -> int:
         """The most tokens that the request's own prompt has, at its effort and with what it goes on from."""
-        if request.problem is not job.problem:
+        if request.problem is not job.problem and request.problem is not job.posed:
             own = self.engine.count_prompt(request.problem, request.effort)
         else:
             if request.effort not in job.prompts:
@@ -53,7 +53,7 @@ class Cashier:
         info, unit = self.engine.info, self.budget.unit
         if unit == "seconds":  # the clock is watched
             return 0.0
-        if _pauses(request):
+        if request.pauses:
             thinking = min(thinking, request.step_tokens)
         done, reads = (flight.tokens, flight.reads) if flight is not None else (0, 0.0)
         probes = max(len(flight.probes), flight.asked) if flight is not None else 0
@@ -75,7 +75,7 @@ class Cashier:
             + self.pricer.most(
                 unit, request, passes * prompt + (passes - 1) * tokens, tokens, done=done, reads=reads
             )
-            + (self.answer_after(job, request, request.step_tokens) if _pauses(request) else 0.0)
+            + (self.answer_after(job, request, request.step_tokens) if request.pauses else 0.0)
         )
 
     def answer_after(self, job: Job, request: Request, tokens: int) -> float:
@@ -86,14 +86,14 @@ class Cashier:
     def set_aside(self, job: Job, request: Request, branch: Branch) -> None:
         """A branch has ended: while the problem has no answer, what one costs behind the longest beginning that it has is kept, so
         that nothing else is bought for it (what was held for the branch had that in it)."""
-        meter, own = job.account.meter, -1 - job.order
+        meter = job.account.meter
         if branch.usable or any(each.usable for each in job.branches):
-            meter.settle(own, 0.0)
+            meter.release(job.order)
             return
         done = branch.completion
         least = self.answer_after(job, request, done.output_tokens if done.partial else 0)
-        if least > meter.promised(own):
-            meter.hold(own, least)
+        if least > meter.reserved(job.order):
+            meter.reserve(job.order, least)
 
     def affordable(self, job: Job, request: Request, first: bool) -> int | None:
         """The thinking cap that the budget can pay for now; None: nothing worth starting (or not yet).
@@ -116,7 +116,7 @@ class Cashier:
             return want
         if job.account.flights:
             return None
-        if _pauses(request):  # it is run to its end at once: there would be no money for an answer after it
+        if request.pauses:  # it is run to its end at once: there would be no money for an answer after it
             want = request.step_tokens
             request = replace(request, step_tokens=0)
         fits = self._longest_that_fits(job, request, want)
@@ -192,10 +192,6 @@ def asks(request: Request, done: int, until: int) -> int:
 def _begun(request: Request) -> int:
     """The most tokens that the request goes on from; one has a byte or more."""
     return len(request.prefix_ids) or len(request.prefix.encode())
-
-
-def _pauses(request: Request) -> bool:
-    return 0 < request.step_tokens < request.thinking_tokens
 
 
 def rounded_up(amount: float, unit: str) -> str:

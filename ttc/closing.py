@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ttc.cashier import Cashier
+from ttc.errors import named
 from ttc.jobs import Job, Judge, Status
 from ttc.ledger import Ledger
 from ttc.types import Charge, Problem, Result, Verdict
@@ -54,7 +55,7 @@ class Closing:
         self.cashier.check_overrun(job)
         result = Result(
             job.problem.id, answer, None, tuple(job.branches), charge, stop, job.brief.seed,
-            votes=dict(votes), decisions=tuple(job.decisions), error=error,
+            votes=dict(votes), decisions=tuple(job.decisions), error=error, traceback=job.traceback,
         )  # fmt: skip
         self._queue.append((job, result, self._ask(job, answer) if judged else None))
 
@@ -129,7 +130,7 @@ def _judged(
             found = verdict(problem, candidate)
         except Exception as failure:  # third-party verifiers raise what they like
             if place == 0:
-                error = f"verifier: {type(failure).__name__}: {failure}"
+                error = f"verifier: {named(failure)}"
             continue
         if place == 0:
             mine = found

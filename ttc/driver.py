@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from ttc.budget import Budget, Meter, format_amount
 from ttc.cashier import LEASE, Cashier, efforts, rounded_up
 from ttc.closing import Closing
 from ttc.engine.protocol import Engine, Progress, StepReport
-from ttc.errors import BudgetTooSmall, EngineError, InputError, LedgerError
+from ttc.errors import BudgetTooSmall, EngineError, InputError, LedgerError, named, place
 from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
 from ttc.pricing import Pricer, spent_in
@@ -47,7 +48,6 @@ from ttc.types import (
     Result,
     Score,
     Steer,
-    Work,
 )
 from ttc.watch import RETRIES, Watch
 
@@ -148,7 +148,7 @@ class Driver:
             least = self.cashier.least(job)
             least_sum, least_max = least_sum + least, max(least_max, least)
             if self.run_account is not None:
-                self.run_account.meter.hold(-1 - order, least)
+                self.run_account.meter.reserve(order, least)
             jobs.append(job)
         least = least_sum if self.run_account is not None else least_max
         if least > self.budget.amount:
@@ -277,7 +277,8 @@ class Driver:
                 remaining.append(job)
                 continue
             if self.run_account is not None:
-                self.run_account.meter.settle(-1 - job.order, spent_in(self.budget.unit, known.charge))
+                self.run_account.meter.release(job.order)
+                self.run_account.meter.spent += spent_in(self.budget.unit, known.charge)
             self.closing.known(known)
         return remaining
 
@@ -287,7 +288,7 @@ class Driver:
             self.closing.charge(job, charge)
             self.status.replayed_tokens += charge.tokens
         try:
-            job.routine = self.policy.run(job.problem, job.brief)
+            job.routine = self.policy.run(job.posed, job.brief)
             self.advance(job, None)
         except Exception as error:
             self.blame(job, error)
@@ -297,8 +298,10 @@ class Driver:
         assert job.routine is not None
         while True:
             try:
-                work: Work = next(job.routine) if reply is None else job.routine.send(reply)
+                work = next(job.routine) if reply is None else job.routine.send(reply)
             except StopIteration as end:
+                if not isinstance(end.value, Outcome):
+                    raise TypeError(f"its run returned {end.value!r}, which is no Outcome") from None
                 self.finish(job, end.value)
                 return
             if isinstance(work, Score):
@@ -311,6 +314,8 @@ class Driver:
                 if reply is None:
                     return
                 continue
+            if not isinstance(work, Generate):
+                raise TypeError(f"its run yielded {work!r}, which is no Generate, Score or Steer")
             if not work.requests:
                 reply = Reply(remaining=job.account.meter.remaining)
                 continue
@@ -341,10 +346,8 @@ class Driver:
         if job.pending:
             if job.account is self.run_account and job.started and not any(b.usable for b in job.branches):
                 least = self.cashier.answer_after(job, job.pending[0][1], 0)
-                least = max(least, job.account.meter.promised(-1 - job.order))
-                job.account.meter.hold(
-                    -1 - job.order, least
-                )  # no other problem may spend what it answers with
+                least = max(least, job.account.meter.reserved(job.order))
+                job.account.meter.reserve(job.order, least)  # no other problem may spend what it answers with
             self.push(job)
         return None
 
@@ -385,11 +388,9 @@ class Driver:
         slot, request = job.pending[0]
         account, meter = job.account, job.account.meter
         first = not job.flights and not any(branch.usable for branch in job.branches)
-        kept = meter.promised(-1 - job.order)
+        kept = meter.reserved(job.order)
         if first:
-            meter.settle(
-                -1 - job.order, 0.0
-            )  # what was set aside for this problem's first answer is its own to use
+            meter.release(job.order)  # what was set aside for this problem's first answer is its own to use
         thinking = self.cashier.affordable(job, request, first)
         if thinking is None and first and request.probe_every and not account.flights:
             request = replace(request, probe_every=0)
@@ -399,7 +400,7 @@ class Driver:
                 self.decide(job, f"no probes of branch {request.index}", why, 0.0)
         if thinking is None and account.flights:
             if first:
-                meter.hold(-1 - job.order, kept)
+                meter.reserve(job.order, kept)
             return False
         if thinking is None:
             self._deny(job)
@@ -412,6 +413,8 @@ class Driver:
 
     def _submit(self, job: Job, slot: int, request: Request, carried: Charge, attempts: int) -> None:
         ticket, now = self.new_ticket(), self.clock()
+        if request.problem is job.posed and job.posed is not job.problem:
+            request = replace(request, problem=job.problem)
         lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
         flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
         flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
@@ -590,7 +593,9 @@ class Driver:
         runs any more. An engine that is gone, or a ledger that can't be written, is the run's failure, and raised again."""
         if isinstance(error, EngineError | LedgerError):
             raise error
-        job.failed = f"policy {self.policy.name}: {type(error).__name__}: {error}"
+        where = place(error, self.policy, job.routine)
+        job.failed = f"policy {self.policy.name}: {named(error)}" + (f" ({where})" if where else "")
+        job.traceback = "".join(traceback.format_exception(error))
         job.pending.clear()
         job.routine = None
         if job.flights:
@@ -600,7 +605,7 @@ class Driver:
 
     def _close(self, job: Job, answer: str | None, stop: str, votes: Mapping[str, float], error: str) -> None:
         if self.run_account is not None:
-            self.run_account.meter.settle(-1 - job.order, 0.0)
+            self.run_account.meter.release(job.order)
         self.closing.close(job, answer, stop, votes, error, judged=not job.failed)
 
     def pay(self, job: Job, charge: Charge) -> None:

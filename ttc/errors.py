@@ -10,6 +10,12 @@ TTCError
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+from collections.abc import Generator
+from typing import Any
+
 
 class TTCError(Exception):
     """Root of every error that ttc raises on purpose."""
@@ -44,3 +50,26 @@ class LedgerError(TTCError, RuntimeError):
 
 class VerifierError(TTCError, RuntimeError):
     """A verifier broke, or did not finish in its time, on one answer."""
+
+
+def named(error: BaseException) -> str:
+    """An exception of somebody else's code: its type and what it says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def place(error: BaseException, owner: object, routine: Generator[Any, Any, Any] | None = None) -> str:
+    """Where in the code of ``owner``'s class ``error`` arose, as ``file:line``: the innermost frame there, else where its
+    ``routine`` stands; "" if neither is known."""
+    modules = (sys.modules.get(kind.__module__) for kind in type(owner).__mro__ if kind is not object)
+    files = {getattr(module, "__file__", None) for module in modules}
+    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+    if own:
+        return f"{_short(own[-1].filename)}:{own[-1].lineno}"
+    frame = getattr(routine, "gi_frame", None)
+    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+
+
+def _short(path: str) -> str:
+    """A path as seen from the working directory, where it lies below that."""
+    within = os.path.join(os.getcwd(), "")
+    return path.removeprefix(within)

@@ -73,10 +73,11 @@ class Account:
 
 @dataclass(slots=True)
 class Job:
-    """One problem on its way. ``prompts``: its prompt in tokens at each effort. For ``Generate`` work: its ``open`` slots. For
+    """One problem on its way; ``posed``: as its policy and the reward model see it. ``prompts``: its prompt in tokens at each
+    effort. For ``Generate`` work: its ``open`` slots. For
     ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices that it
     cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way to its
-    answer."""
+    answer; ``traceback``: of the policy's exception."""
 
     order: int
     problem: Problem
@@ -99,6 +100,7 @@ class Job:
     denied: bool = False
     failed: str = ""
     trouble: str = ""
+    traceback: str = ""
     tickets: dict[int, int] = field(default_factory=dict)
     news: list[Branch] = field(default_factory=list)
     probed: list[Probe] = field(default_factory=list)
@@ -106,6 +108,10 @@ class Job:
     waits: bool = False
     outcome: Outcome | None = None
     value: float = 0.0
+    posed: Problem = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.posed = self.problem.posed()
 
 
 @dataclass(slots=True)

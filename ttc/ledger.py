@@ -291,7 +291,7 @@ def result_to_json(result: Result) -> dict[str, Any]:
         "charge": _without_defaults(result.charge),
         "seed": result.seed,
         "error": result.error,
-    }
+    } | ({"traceback": result.traceback} if result.traceback else {})
 
 
 def result_from_json(row: Mapping[str, Any]) -> Result:
@@ -307,6 +307,7 @@ def result_from_json(row: Mapping[str, Any]) -> Result:
         votes=row["votes"],
         right=tuple(row["right"]),
         error=row["error"],
+        traceback=row.get("traceback", ""),
     )
 
 

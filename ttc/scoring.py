@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from ttc.engine.protocol import ServedEngine
+from ttc.errors import named
 from ttc.jobs import Job, RewardModel
 from ttc.pricing import Pricer, spent_in
 from ttc.rewards import scores_of
@@ -54,9 +55,9 @@ class Asked:
         begun = clock()
         try:
             if self.charge is None:
-                self.charge = pricer.reading(reward, self.job.problem, self.texts)
+                self.charge = pricer.reading(reward, self.job.posed, self.texts)
             else:
-                self.scores = scores_of(reward, self.job.problem, self.texts)
+                self.scores = scores_of(reward, self.job.posed, self.texts)
         except Exception as error:  # a reward model is anybody's
             self.error = error
         self.seconds = clock() - begun
@@ -206,7 +207,7 @@ class Scoring:
             driver.ledger.write_scores(job.problem.id, asked.digest, asked.scores, asked.charge)
             self._longest = max(self._longest, asked.seconds)
         if asked.error is not None:
-            job.trouble = f"reward: {type(asked.error).__name__}: {asked.error}"
+            job.trouble = f"reward: {named(asked.error)}"
             driver.decide(job, "no scores", job.trouble, 0.0)
         return Reply(scores=asked.scores or (), remaining=meter.remaining)
 

@@ -48,8 +48,8 @@ class Replay:
     answered: int
 
     def summary(self) -> dict[str, Any]:
-        """The object of ``ttc simulate --json``. ``accuracy_ci95`` is over problems (bootstrap), ``shuffle_sd`` the standard
-        deviation of the mean of one shuffle."""
+        """The object of ``ttc simulate --json``. ``accuracy_ci95`` is over problems (bootstrap), ``accuracy_shuffle_se``
+        the standard error of the accuracy over shuffles."""
         estimate = bootstrap(self.right.mean(axis=0))
         return {
             "accuracy": float(self.right.mean()),

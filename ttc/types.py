@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 Messages = tuple[Mapping[str, str], ...]
+REFERENCES = ("entry",)
+"""The keys of ``Problem.meta`` that tell the answer: reasoning-gym's ``entry``."""
 Finish = Literal["stop", "length", "abort", "error", "denied"]
 """How a branch ended: by itself; at its hard cap; cancelled; failed; or never started for want of budget."""
 
@@ -46,6 +48,14 @@ class Problem:
     def text(self) -> str:
         """The content of the last message: what is shown to people."""
         return self.messages[-1]["content"]
+
+    def posed(self) -> Problem:
+        """The problem as it is put to policies and reward models: without ``gold`` and what else tells the answer (``REFERENCES``
+        of ``meta``)."""
+        if self.gold is None and not any(key in self.meta for key in REFERENCES):
+            return self
+        meta = {key: value for key, value in self.meta.items() if key not in REFERENCES}
+        return replace(self, gold=None, meta=meta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +154,15 @@ class Request:
     prefix_ids: tuple[int, ...] = ()
     step_text: str = ""
     step_tokens: int = 0
+
+    @property
+    def pauses(self) -> bool:
+        """True for a step of a search that ends by its length before its thought has to."""
+        return self.pauses_within(self.thinking_tokens)
+
+    def pauses_within(self, thinking_tokens: int) -> bool:
+        """``pauses``, where the thought may have ``thinking_tokens`` tokens as it now stands."""
+        return 0 < self.step_tokens < thinking_tokens
 
     def digest(self) -> str:
         """A fingerprint of all that shapes the sample: what a resumed run compares before it trusts a recorded branch."""
@@ -407,7 +426,8 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class Result:
     """All that is known of one problem when it is done. ``right`` lists the votes that were verified as correct (any branch with
-    such a vote would have answered rightly); ``error`` is "" unless the problem failed."""
+    such a vote would have answered rightly); ``error`` is "" unless the problem failed, and ``traceback`` "" unless its
+    policy did."""
 
     problem_id: str
     answer: str | None
@@ -420,6 +440,7 @@ class Result:
     right: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     error: str = ""
+    traceback: str = ""
 
     @property
     def cost(self) -> Charge:

@@ -209,7 +209,7 @@ class FakeEngine:
             course.output.append(THOUGHT)
             live.thought += 1
         written = live.answered >= live.script.answer_tokens
-        if live.output == live.request.step_tokens < live.request.thinking_tokens and not written:
+        if live.request.pauses and live.output == live.request.step_tokens and not written:
             report.finished.append((ticket, self._end(ticket, "length", partial=True)))
         elif written or live.output >= course.due + self.room_tokens:
             report.finished.append((ticket, self._end(ticket, "stop" if written else "length")))

@@ -157,7 +157,7 @@ class HTTPBranch:
     @property
     def _pauses(self) -> bool:
         """True if the branch may pause: it is a step, the thought may be longer, and nobody has told it to answer."""
-        return 0 < self.request.step_tokens < self.thinking and not self.steered
+        return self.request.pauses_within(self.thinking) and not self.steered
 
     @property
     def thinking_open(self) -> bool:

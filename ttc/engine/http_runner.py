@@ -263,8 +263,11 @@ class Runner:
         thought that the template opens: an end of text inside one becomes its end, and a model that is not told to think would
         never come to another."""
         request, setting, server = self.request, self.setting, self.setting.server
-        pauses = 0 < request.step_tokens < thinking
-        if self.fork or pauses or not (server.exact and setting.prompt_opens and thinking > 0):
+        if (
+            self.fork
+            or request.pauses_within(thinking)
+            or not (server.exact and setting.prompt_opens and thinking > 0)
+        ):
             return None
         if (request.prefix and not request.prefix_ids) or not await server.learn_plugin():
             return None

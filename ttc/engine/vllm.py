@@ -263,9 +263,7 @@ class VLLMEngine:
         self._llm.add_request(str(ticket), prompt, params)
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:
-        most = request.thinking_tokens + self.room_tokens
-        pauses = 0 < request.step_tokens < request.thinking_tokens
-        most = request.step_tokens if pauses else most
+        most = request.step_tokens if request.pauses else request.thinking_tokens + self.room_tokens
         sampling = Sampling(0.0) if self._draws else request.sampling  # greedy takes what was drawn
         return self._sampling_params(sampling, request.seed, most, extra)
 

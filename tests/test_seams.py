@@ -1,0 +1,149 @@
+"""What a policy, a reward model and a verifier of one's own are shown, and what is told of them when they break."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ttc
+from tests.conftest import make_problems
+from ttc.engine.fake import FakeEngine, Script
+from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine, Score, Verdict
+
+HERE = Path(__file__).name
+
+
+def knowing() -> FakeEngine:
+    """Every branch has the right answer."""
+    return FakeEngine(writer=lambda request, issued: Script(5, request.problem.gold or "?", 1))
+
+
+def posed(**meta: Any) -> Problem:
+    text = ({"role": "user", "content": "6*7"},)
+    told = {"prompt_tokens": 20, "task": "rg:some", "entry": {"answer": "42"}, **meta}
+    return Problem("p", text, "42", f"{__name__}:Looking", told)
+
+
+SEEN_BY_THE_VERIFIER: list[Problem] = []
+
+
+class Looking:
+    """A verifier that keeps what it was shown."""
+
+    name = "looking"
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        SEEN_BY_THE_VERIFIER.append(problem)
+        return Verdict(answer == problem.gold, float(answer == problem.gold))
+
+    def equivalent(self, problem: Problem, a: str, b: str) -> bool:
+        return a == b
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Peeking:
+    """Keeps what it is shown, and answers with a reference if it finds one."""
+
+    seen: list[Problem] = field(default_factory=list)
+    name = "peeking"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        self.seen.append(problem)
+        reply = yield Generate((brief.request(problem, 0), brief.request(problem, 1)))
+        yield Score(reply.branches)
+        return Outcome(reply.branches[0].vote, "samples", {str(reply.branches[0].vote): 2.0})
+
+
+def test_neither_policy_nor_reward_model_sees_the_reference_and_the_verifier_does() -> None:
+    policy, scored = Peeking(), []
+
+    def reward(problem: Problem, texts: Sequence[str]) -> list[float]:
+        scored.append(problem)
+        return [1.0] * len(texts)
+
+    SEEN_BY_THE_VERIFIER.clear()
+    [result] = ttc.run([posed()], engine=knowing(), policy=policy, reward=reward)
+    for problem in (*policy.seen, *scored):
+        assert problem.gold is None and "42" not in repr(problem)
+        assert problem.meta == {"prompt_tokens": 20, "task": "rg:some"}
+        assert problem.id == "p" and problem.text == "6*7"
+    assert policy.seen and scored
+    assert [p.gold for p in SEEN_BY_THE_VERIFIER] and SEEN_BY_THE_VERIFIER[0] == posed()
+    assert result.verdict == Verdict(True, 1.0), "the engine and the judge have the whole problem"
+
+
+def test_a_problem_without_a_reference_is_shown_as_it_is() -> None:
+    problem = Problem("p", ({"role": "user", "content": "6*7"},), meta={"task": "own"})
+    assert problem.posed() is problem
+
+
+MORE: Any = "more"
+
+
+# -- what breaks in them -------------------------------------------------------------------------------------------------------
+def _divide(by: int) -> float:
+    return 1 / by  # the line that is told
+
+
+@dataclass(frozen=True, slots=True)
+class Breaking:
+    """A policy with a mistake: in its own code, in its ``until``, or in what it yields or returns."""
+
+    how: str
+    name = "breaking"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        if self.how == "at once":
+            _divide(0)
+
+        def until(done: Sequence[Branch]) -> bool:
+            return _divide(int(self.how != "until")) > 2
+
+        yield Generate((brief.request(problem, 0),), until)
+        if self.how == "yields":
+            yield MORE
+        if self.how == "returns":
+            return "42"  # type: ignore[return-value]
+        raise ValueError("none\nof these")
+
+
+def _line(text: str) -> int:
+    return Path(__file__).read_text().split("\n").index(text) + 1
+
+
+@pytest.mark.parametrize(
+    ("how", "says", "line"),
+    [
+        ("at once", "ZeroDivisionError: division by zero", "    return 1 / by  # the line that is told"),
+        ("until", "ZeroDivisionError: division by zero", "    return 1 / by  # the line that is told"),
+        ("later", "ValueError: none of these", '        raise ValueError("none\\nof these")'),
+        ("yields", "TypeError: its run yielded 'more', which is no Generate, Score or Steer", "            yield MORE"),
+        ("returns", "TypeError: its run returned '42', which is no Outcome", ""),
+    ],
+)  # fmt: skip
+def test_a_policys_own_mistake_is_told_with_its_place_and_its_traceback_kept(
+    how: str, says: str, line: str, tmp_path: Path
+) -> None:
+    [result] = ttc.run(make_problems(1), engine=knowing(), policy=Breaking(how), out=tmp_path)
+    where = f" (tests/{HERE}:{_line(line)})" if line else ""
+    assert (
+        result.error.replace(str(Path(__file__).parent.parent) + "/", "")
+        == f"policy breaking: {says}" + where
+    )
+    assert result.traceback.startswith("Traceback") and says.split(":")[0] in result.traceback
+    [row] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["traceback"] == result.traceback
+    assert "\n" not in result.error
+
+
+def test_a_run_without_mistakes_keeps_no_traceback(tmp_path: Path) -> None:
+    [result] = ttc.run(make_problems(1), engine=knowing(), policy="greedy", out=tmp_path)
+    assert result.traceback == ""
+    assert "traceback" not in (tmp_path / "results.jsonl").read_text()
