@@ -109,6 +109,7 @@ def solve(
     """
     from ttc.api import DEFAULT_MODEL, Settings, check_reward
     from ttc.attention.settings import check_when
+    from ttc.jobs import traits_of
     from ttc.problems import load
     from ttc.rewards import load_reward
 
@@ -152,7 +153,7 @@ def solve(
 
             options |= {"engine_args": read_engine_args(engine_arg)}
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
-        options |= {"short_pages": True} if "steps" in getattr(rule, "needs", ()) else {}
+        options |= {"short_pages": True} if "steps" in traits_of(rule).needs else {}
     judge = load_reward(reward) if reward is not None else None
     check_reward(rule, judge, most.unit)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:

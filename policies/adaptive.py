@@ -19,25 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import log
-from typing import Protocol
 
 from ttc.errors import InputError
+from ttc.jobs import Policy, Traits, traits_of
 from ttc.policies.posterior import HORIZON, Prior, cap_for, outlook, value_table
-from ttc.types import Branch, Brief, Control, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
+from ttc.types import Branch, Brief, Outcome, Probe, Probing, Problem, Reply, Request, Routine, Steer
 
 RUN_FLOOR = 100
 """A budget for the whole run buys down to this fraction of ``price``: what it is spent on is decided between the problems."""
 ROOM = 1.15
 """First branches may be so much longer than an even split allows: most leave some of it to those that start later."""
-
-
-class Steered(Protocol):
-    """A policy of steered chains (``steered``): what is done to a chain that may think for ``limit`` tokens."""
-
-    @property
-    def needs(self) -> tuple[str, ...]: ...
-
-    def control(self, limit: int) -> Control | None: ...
 
 
 @dataclass(slots=True)
@@ -106,7 +97,7 @@ class Adaptive:
     level: float = -2.0
     slope: float = -4.1
     spread: float = 1.2
-    over: Steered | None = None
+    over: Policy | None = None
     name = "adaptive"
 
     def __post_init__(self) -> None:
@@ -132,11 +123,9 @@ class Adaptive:
             raise InputError(f"policy: agree={self.agree}, probe_every={self.probe_every}; give 1 or more")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return () if self.over is None else self.over.needs
-
-    def control(self, limit: int) -> Control | None:
-        return None if self.over is None else self.over.control(limit)
+    def traits(self) -> Traits:
+        over = traits_of(self.over)
+        return Traits(needs=over.needs, control=over.control)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         price = self.price if brief.budget_scope == "problem" else self.price / RUN_FLOOR
@@ -186,6 +175,7 @@ class Adaptive:
 
     def _request(self, problem: Problem, brief: Brief, index: int, start: int) -> Request:
         every = self.probe_every if brief.probe_tokens is not None else 0
+        control = self.traits.control
         thinking = brief.max_thinking_tokens
         if brief.budget_scope == "run" and brief.budget_unit == "tokens" and index < self.width:
             thinking = max(
@@ -193,7 +183,7 @@ class Adaptive:
             )
         return brief.request(
             problem, index, probe_from=start if every else 0, probe_every=every, thinking_tokens=thinking,
-            control=self.control(thinking),
+            control=control(thinking) if control is not None else None,
         )  # fmt: skip
 
     def _probe_from(self, ballot: Ballot, late: int) -> int:

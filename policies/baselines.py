@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from ttc.errors import InputError
+from ttc.jobs import Traits
 from ttc.samplers import Parallel, confidences, leader, tally
 from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine, Steer
 
@@ -141,8 +142,8 @@ class DeepConf:
             raise InputError(f"policy: deepconf has no mode {self.mode!r} with {self.signal!r}")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.signal,)
+    def traits(self) -> Traits:
+        return Traits(needs=(self.signal,))
 
     def _weights(self, branches: Sequence[Branch]) -> list[float]:
         values = confidences(branches, self.signal)
@@ -150,13 +151,13 @@ class DeepConf:
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         if self.mode == "offline":
-            branches = yield from Parallel(self.n, signals=self.needs).run(problem, brief)
+            branches = yield from Parallel(self.n, signals=(self.signal,)).run(problem, brief)
             weights = self._weights(branches)
             floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * len(weights))) - 1]
             votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
             return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
         warm = min(self.warmup, self.n)
-        branches = yield from Parallel(warm, signals=self.needs).run(problem, brief)
+        branches = yield from Parallel(warm, signals=(self.signal,)).run(problem, brief)
         weights = self._weights(branches)
         floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * warm)) - 1]
         votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
@@ -164,7 +165,7 @@ class DeepConf:
             if votes and max(votes.values()) >= self.consensus * sum(votes.values()):
                 return Outcome(leader(votes, brief.seed, problem.id), "confident", votes)
             reply = yield Generate(
-                (brief.request(problem, index, signals=self.needs),), why="no consensus yet"
+                (brief.request(problem, index, signals=(self.signal,)),), why="no consensus yet"
             )
             (weight,) = self._weights(reply.branches)
             for answer, share in tally(reply.branches, [weight]).items():

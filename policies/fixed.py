@@ -11,6 +11,7 @@ from math import exp
 from typing import Literal, get_args
 
 from ttc.errors import InputError
+from ttc.jobs import Traits
 from ttc.samplers import Parallel, best, confidences, leader, tally
 from ttc.types import Branch, Brief, Outcome, Problem, Reply, Routine, Score, Work
 
@@ -72,8 +73,8 @@ class WeightedVote:
         _choose("weight", self.weight, (*get_args(Signal), "reward"))
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.weight,)
+    def traits(self) -> Traits:
+        return Traits(needs=(self.weight,))
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         signals = () if self.weight == "reward" else (self.weight,)
@@ -107,8 +108,8 @@ class BestOfN:
         _choose("score", self.score, (*get_args(Signal), "reward"))
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.score,)
+    def traits(self) -> Traits:
+        return Traits(needs=(self.score,))
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         signals = () if self.score == "reward" else (self.score,)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ttc.budget import Budget
 from ttc.costmodel.hardware import Hardware
@@ -15,7 +15,7 @@ from ttc.costmodel.points import Tariff, all_points
 from ttc.costmodel.pools import read_all
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
-from ttc.jobs import Policy
+from ttc.jobs import Policy, Situation, Traits, traits_of
 from ttc.samplers import leader, tally
 from ttc.types import Brief, Generate, Outcome, Problem, Routine
 
@@ -23,26 +23,13 @@ SEPARATOR = "|"
 """Between several files of data, and between levels of effort."""
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What a policy that plans is told before the run: the model, the budget of each problem (a run's budget split evenly), how
-    many branches share a step, the mean prompt, and the most that a branch may think (tokens)."""
-
-    model: str
-    shape: ModelShape | None
-    budget: Budget
-    batch: int
-    prompt_tokens: float
-    thinking_tokens: int
-
-
 def plan_policy(policy: Policy, budget: Budget, problems: int, **facts: Any) -> Policy:
     """``policy`` with what it plans before the run; one that plans nothing as it is. ``facts`` are the rest of ``Situation``."""
-    planned = getattr(policy, "planned", None)
+    planned = traits_of(policy).planned
     if planned is None:
         return policy
     amount = budget.amount / (problems if budget.scope == "run" else 1)
-    return cast(Policy, planned(Situation(budget=Budget(amount, budget.unit), **facts)))
+    return planned(Situation(budget=Budget(amount, budget.unit), **facts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +55,8 @@ class Kinetics:
             )
 
     @property
-    def efforts(self) -> tuple[float, ...]:
-        """The efforts of its requests (none: the run's)."""
-        return (self.effort,) if self.effort else ()
+    def traits(self) -> Traits:
+        return Traits(efforts=(self.effort,) if self.effort else (), planned=self.planned)
 
     def planned(self, situation: Situation) -> Kinetics:
         """This policy with the planner's choices filled in."""
@@ -177,13 +163,8 @@ class Effort:
             ) from None
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("effort",)
-
-    @property
-    def efforts(self) -> tuple[float, ...]:
-        """The efforts of its requests."""
-        return self.ladder
+    def traits(self) -> Traits:
+        return Traits(needs=("effort",), efforts=self.ladder)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         votes: dict[str, float] = {}

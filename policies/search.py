@@ -11,9 +11,10 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from ttc.errors import InputError
+from ttc.jobs import Traits
 from ttc.policies.fixed import MAX_SAMPLES
 from ttc.samplers import best, leader, tally
 from ttc.samplers.search import Chain, Walk, annealed, shares, systematic
@@ -32,6 +33,10 @@ def _check(policy: Beam | Dvts | Particles) -> None:
         raise InputError(
             f"policy: unknown select {policy.select!r}; use one of {', '.join(get_args(Select))}"
         )
+
+
+def _traits(policy: Beam | Dvts | Particles) -> Traits:
+    return Traits(needs=("steps", "reward"), step=policy.step)
 
 
 def _check_width(n: int, width: int) -> None:
@@ -82,7 +87,10 @@ class Beam:
     most: int = 40
     select: Select = "weighted"
     name = "beam"
-    needs: ClassVar[tuple[str, ...]] = ("steps", "reward")
+
+    @property
+    def traits(self) -> Traits:
+        return _traits(self)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -118,7 +126,10 @@ class Dvts:
     most: int = 40
     select: Select = "weighted"
     name = "dvts"
-    needs: ClassVar[tuple[str, ...]] = ("steps", "reward")
+
+    @property
+    def traits(self) -> Traits:
+        return _traits(self)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -160,7 +171,10 @@ class Particles:
     early: float = 0.5
     select: Select = "weighted"
     name = "particles"
-    needs: ClassVar[tuple[str, ...]] = ("steps", "reward")
+
+    @property
+    def traits(self) -> Traits:
+        return _traits(self)
 
     def __post_init__(self) -> None:
         _check(self)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ttc.errors import InputError
+from ttc.jobs import Traits
 from ttc.policies.fixed import MAX_SAMPLES
 from ttc.samplers import best, leader, tally
 from ttc.samplers.deepening import checkpoints
@@ -77,6 +78,10 @@ def _check(n: int, cap: int, select: str) -> None:
         raise InputError(f"policy: unknown select {select!r}; use one of {', '.join(get_args(Select))}")
 
 
+def _scored(select: Select) -> tuple[str, ...]:
+    return ("reward",) if select == "reward" else ()
+
+
 @dataclass(frozen=True, slots=True)
 class IterativeDeepening:
     """Chains that get a self-correction trigger at geometrically growing lengths (ID-Sampling, arXiv 2502.05449).
@@ -106,8 +111,10 @@ class IterativeDeepening:
         _triggers(self.trigger)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("control", "reward") if self.select == "reward" else ("control",)
+    def traits(self) -> Traits:
+        return Traits(
+            ("control", *_scored(self.select)), cap=self.cap, control=self.control, check_room=self.check_room
+        )
 
     def check_room(self, room: int, thinking: int) -> None:
         """Raise InputError if no checkpoint lies within a thought of ``thinking`` tokens."""
@@ -146,8 +153,8 @@ class BudgetForcing:
         _triggers(self.trigger)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("control", "reward") if self.select == "reward" else ("control",)
+    def traits(self) -> Traits:
+        return Traits(("control", *_scored(self.select)), cap=self.cap, control=self.control)
 
     def control(self, limit: int) -> Control:
         return Control(_triggers(self.trigger), at_end=self.extend)
@@ -206,14 +213,15 @@ class Plain:
             _triggers(self.trigger)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        steers = bool(self.least or self.loops or self.stop_below)
-        return (("control",) if steers else ()) + (("reward",) if self.select == "reward" else ())
+    def traits(self) -> Traits:
+        return Traits(
+            (*(("control",) if self._steers else ()), *_scored(self.select)), efforts=(self.effort,) if self.effort else (),
+            cap=self.cap, total=self.total, text=self.text, control=self.control, check_room=self.check_room,
+        )  # fmt: skip
 
     @property
-    def efforts(self) -> tuple[float, ...]:
-        """The efforts of its requests (none: the run's)."""
-        return (self.effort,) if self.effort else ()
+    def _steers(self) -> bool:
+        return bool(self.least or self.loops or self.stop_below)
 
     def check_room(self, room: int, thinking: int) -> None:
         """Raise InputError if ``total`` leaves nothing to think, the answer's room being ``room`` tokens, or if ``least`` is
@@ -230,7 +238,7 @@ class Plain:
             )
 
     def control(self, limit: int) -> Control | None:
-        if not self.needs or self.needs == ("reward",):
+        if not self._steers:
             return None
         return Control(
             _triggers(self.trigger) if self.trigger else (), min_thinking=self.least, loop_repeats=self.loops,

@@ -11,7 +11,7 @@ from math import ceil, floor, log10
 
 from ttc.budget import Budget, format_amount
 from ttc.engine.protocol import Engine
-from ttc.jobs import Flight, Job, Policy
+from ttc.jobs import Flight, Job, Policy, traits_of
 from ttc.pricing import Pricer, spent_in
 from ttc.types import Branch, Request
 
@@ -178,7 +178,7 @@ class Cashier:
 
 def efforts(policy: Policy, effort: float | None) -> tuple[float | None, ...]:
     """The efforts that a policy's requests may have: its own, else the run's."""
-    return tuple(getattr(policy, "efforts", ())) or (effort,)
+    return traits_of(policy).efforts or (effort,)
 
 
 def asks(request: Request, done: int, until: int) -> int:

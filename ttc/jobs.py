@@ -6,15 +6,16 @@ Plain state. ``ttc.driver`` moves it, ``ttc.cashier`` prices it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ttc.budget import Meter
+from ttc.budget import Budget, Meter
 from ttc.types import (
     Branch,
     Brief,
     Charge,
+    Control,
     Decision,
     Generate,
     Outcome,
@@ -26,14 +27,63 @@ from ttc.types import (
     Verdict,
 )
 
+if TYPE_CHECKING:
+    from ttc.costmodel.shapes import ModelShape
+
 
 class Policy(Protocol):
-    """A frozen, picklable value: what to buy for a budget."""
+    """A frozen, picklable value: what to buy for a budget. One of which a run must know more before it starts says so in
+    ``traits``, a ``Traits``; whatever else it has is its own."""
 
     @property
     def name(self) -> str: ...
 
     def run(self, problem: Problem, brief: Brief) -> Routine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a policy that plans is told before the run: the model, the budget of each problem (a run's budget split evenly), how
+    many branches share a step, the mean prompt, and the most that a branch may think (tokens)."""
+
+    model: str
+    shape: ModelShape | None
+    budget: Budget
+    batch: int
+    prompt_tokens: float
+    thinking_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a policy tells of itself beforehand (``Policy.traits``), so that a run which can't give it that is refused at once.
+
+    ``needs``: "reward" (a reward model; with "steps" one that scores steps), "control" (steering inside the engine), "steps"
+    (chains grown step by step), "insert" (text put into running chains), "effort" (a model trained for levels of effort), or a
+    confidence of the engine's ("mean-logprob", "self-certainty"). ``efforts`` are those of its requests (none: the run's), each
+    with a prompt of its own to price. ``cap`` bounds its thoughts and ``total`` thought and answer together, in tokens (0: the run's
+    bounds). ``text`` is put behind each problem's last message; ``step`` is the text that ends a step. ``control`` gives what is done
+    to a chain that may think for so many tokens. ``check_room`` raises InputError for what finds no place in (tokens of the
+    answer's room, tokens of thinking). ``planned`` gives the policy with what it plans of a ``Situation``."""
+
+    needs: tuple[str, ...] = ()
+    efforts: tuple[float, ...] = ()
+    cap: int = 0
+    total: int = 0
+    text: str = ""
+    step: str = ""
+    control: Callable[[int], Control | None] | None = None
+    check_room: Callable[[int, int], None] | None = None
+    planned: Callable[[Situation], Policy] | None = None
+
+
+def traits_of(policy: object) -> Traits:
+    """What a policy tells of itself; nothing, where it has no ``Traits`` of that name."""
+    found = getattr(policy, "traits", None)
+    return found if isinstance(found, Traits) else NO_TRAITS
+
+
+NO_TRAITS = Traits()
 
 
 class Judge(Protocol):

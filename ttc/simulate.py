@@ -22,7 +22,7 @@ from ttc.costmodel.shapes import ModelShape
 from ttc.driver import Driver
 from ttc.engine.replay import NOTHING, RecordedJudge, ReplayEngine
 from ttc.errors import InputError
-from ttc.jobs import Policy
+from ttc.jobs import Policy, traits_of
 from ttc.ledger import Ledger
 from ttc.policies import parse
 from ttc.policies.planned import plan_policy
@@ -116,10 +116,10 @@ def replay(
 
 def _driver(engine: ReplayEngine, policy: Policy, budget: Budget, seed: int, thinking: int | None) -> Driver:
     info = engine.info
-    missing = sorted(set(getattr(policy, "needs", ())) - set(info.signals))
+    missing = sorted(set(traits_of(policy).needs) - set(info.signals))
     if missing:
         raise InputError(f"policy: {policy.name} needs {missing[0]}, which this pool has not recorded")
-    if hasattr(policy, "planned"):
+    if traits_of(policy).planned is not None:
         count = len(engine.pool.problems)
         shape = ModelShape.of(engine.pool.model) if engine.pool.model else None
         policy = plan_policy(

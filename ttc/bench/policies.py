@@ -12,12 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ttc.errors import InputError
-from ttc.jobs import Policy
+from ttc.jobs import Policy, Traits, traits_of
 from ttc.types import Brief, Outcome, Problem, Result, Routine
 
 POLICIES = (
@@ -35,10 +35,10 @@ class Timed:
     policy: Policy
     seconds: float = 0.0
     decisions: int = 0
-    needs: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.needs = tuple(getattr(self.policy, "needs", ()))
+    @property
+    def traits(self) -> Traits:
+        return traits_of(self.policy)
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ def measure(
     told = run.summary()
     right = [_right(results[p.id]) for p in problems]
     again: dict[str, Any] = {}
-    if set(timed.needs) <= set(CONFIDENCES):  # what a pool keeps
+    if set(timed.traits.needs) <= set(CONFIDENCES):  # what a pool keeps
         repeat = replay(load(out), parse(policy), shuffles=1, max_branches=0, in_order=True, abstain=True)
         again = {"replayed_right": repeat.right[0].tolist(), "replayed_tokens": float(repeat.tokens.sum())}
     spent = told["spent"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ttc.types import AnswerFormat, Completion, Problem, Request, Sampling
+from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
 
 if TYPE_CHECKING:
     from ttc.attention.settings import KvSetting
@@ -143,6 +143,24 @@ class ProbingEngine(Protocol):
 
     def probe(self, ticket: int, start: int, every: int) -> None:
         """From ``start`` tokens on, ask a running branch at each multiple of ``every`` tokens. Unknown tickets are ignored."""
+        ...
+
+
+@runtime_checkable
+class SteeringEngine(Protocol):
+    """An engine that does what ``Request.control`` says."""
+
+    def check_control(self, control: Control | None, thinking: int) -> None:
+        """Raise InputError for what can't be done to a thought of at most ``thinking`` tokens here."""
+        ...
+
+
+@runtime_checkable
+class SteppingEngine(Protocol):
+    """An engine whose branches can pause at the end of a step (``Request.step_text``, ``step_tokens``)."""
+
+    def check_steps(self, text: str) -> None:
+        """Raise InputError where no branch can pause, or none behind ``text`` ("": its length alone ends a step)."""
         ...
 
 
