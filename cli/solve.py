@@ -107,8 +107,9 @@ def solve(
 
     The same command with the same --out resumes: nothing finished is sampled again.
     """
-    from ttc.api import DEFAULT_MODEL, Settings, check_reward
+    from ttc.api import DEFAULT_MODEL, Settings
     from ttc.attention.settings import check_when
+    from ttc.checks import check_reward
     from ttc.jobs import traits_of
     from ttc.problems import load
     from ttc.rewards import load_reward

@@ -1,6 +1,6 @@
-"""What to buy for a budget. A policy is a frozen dataclass with a ``name`` and one generator method, ``run(problem, brief)``; one that
-needs more than a sampler of chains (confidences, a reward model, steering) says so in its ``traits`` (``ttc.jobs.Traits``), so that a
-run that has no such thing is refused before it starts.
+"""What to buy for a budget. A policy is a frozen dataclass with a ``name`` and one generator method, ``run(problem, brief)``. One
+that needs more than samples (confidences, a reward model, steering) says so in its ``traits`` (``ttc.jobs.Traits``), so that a run
+without it is refused before it starts.
 
 ``parse`` reads what people write: ``self-consistency``, ``best-of-n?n=16&score=mean-logprob``, or for a policy of your own
 ``package.module:Class?key=value``.

@@ -12,8 +12,11 @@ import pytest
 
 import ttc
 from tests.conftest import make_problems
+from ttc.api import Run, Settings
 from ttc.engine.fake import FakeEngine, Script
-from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine, Score, Verdict
+from ttc.errors import InputError
+from ttc.jobs import Traits
+from ttc.types import Branch, Brief, Control, Generate, Outcome, Problem, Routine, Score, Verdict
 
 HERE = Path(__file__).name
 
@@ -82,6 +85,80 @@ def test_neither_policy_nor_reward_model_sees_the_reference_and_the_verifier_doe
 def test_a_problem_without_a_reference_is_shown_as_it_is() -> None:
     problem = Problem("p", ({"role": "user", "content": "6*7"},), meta={"task": "own"})
     assert problem.posed() is problem
+
+
+@dataclass(frozen=True, slots=True)
+class OfItsOwn:
+    """A policy with fields of its own whose names mean something in ``Traits``, or to nobody."""
+
+    needs: str = "patience"
+    efforts: int = 3
+    cap: int = 1
+    total: int = 1
+    text: str = "a title of mine"
+    step: int = 7
+    effort: float = 0.3
+    control: str = "mine"
+    check_room: bool = True
+    planned: bool = True
+    traits: str = "brave"
+    name = "of-its-own"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        reply = yield Generate((brief.request(problem, 0),))
+        return Outcome(reply.branches[0].vote, "samples", {self.text: 1.0})
+
+
+def test_a_policys_fields_are_its_own_whatever_their_names() -> None:
+    run = Run(make_problems(2), knowing(), Settings(policy=OfItsOwn()))
+    assert [p.text for p in run.problems] == ["question 0", "question 1"], "nothing is put behind them"
+    assert run.policy == OfItsOwn() and run.notices == []
+    assert [r.answer for r in run.results()] == ["0", "1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """A policy that says what it needs, in the one way there is."""
+
+    traits: Traits
+    name = "telling"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        efforts = self.traits.efforts or (brief.effort,)
+        reply = yield Generate(tuple(brief.request(problem, i, effort=e) for i, e in enumerate(efforts)))
+        return Outcome(reply.branches[0].vote, "samples")
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (Traits(needs=("reward",)), "telling scores with a reward model"),
+        (Traits(needs=("heat",)), "telling needs heat, which the fake engine can't measure"),
+        (Traits(needs=("effort",)), "telling needs a model that was trained for levels of effort"),
+        (Traits(needs=("control",), control=lambda limit: Control(("Wait",), at=(limit + 1,))), "at"),
+    ],
+)
+def test_what_traits_ask_for_is_refused_where_it_is_not_there(told: Traits, says: str) -> None:
+    engine = knowing()
+    with pytest.raises(InputError, match=says):
+        Run(make_problems(1), engine, Settings(policy=Telling(told)))
+    assert engine.counters().requests == 0
+
+
+def test_traits_are_heard() -> None:
+    seen: list[int] = []
+    told = Traits(
+        text="Think briefly.",
+        efforts=(0.25, 1.0),
+        check_room=lambda room, thinking: seen.append(thinking),
+        cap=33,
+    )
+    engine = FakeEngine(writer=lambda request, issued: Script(5, str(request.effort), 1), effort_tokens=2)
+    run = Run(make_problems(1), engine, Settings(policy=Telling(told)))
+    assert run.problems[0].text == "question 0\nThink briefly."
+    assert seen == [33]
+    [result] = run.results()
+    assert {b.vote for b in result.branches} == {"0.25", "1.0"}
 
 
 MORE: Any = "more"

@@ -25,13 +25,22 @@ from importlib.metadata import version
 from typing import Any
 
 from ttc.attention.settings import KvSetting
-from ttc.budget import Budget, Unit
-from ttc.cashier import efforts
+from ttc.budget import Budget
+from ttc.checks import (
+    check_control,
+    check_effort,
+    check_needs,
+    check_problems,
+    check_reward,
+    fit,
+    kv_in_force,
+    reads_effort,
+    worded,
+)
 from ttc.driver import Driver
-from ttc.engine.course import FAR
-from ttc.engine.protocol import Engine, ServedEngine, SparseEngine
+from ttc.engine.protocol import Engine, SparseEngine
 from ttc.errors import InputError
-from ttc.jobs import Policy, RewardModel, Status
+from ttc.jobs import Policy, RewardModel, Status, traits_of
 from ttc.judge import Jury
 from ttc.ledger import Ledger
 from ttc.policies import describe
@@ -39,7 +48,7 @@ from ttc.policies import parse as parse_policy
 from ttc.policies.planned import plan_policy
 from ttc.pricing import Pricer
 from ttc.problems import from_text, problem_to_json
-from ttc.rewards import Scorer, check_priced, check_process, load_reward, reward_name
+from ttc.rewards import Scorer, load_reward, reward_name
 from ttc.summary import summarise
 from ttc.types import Brief, Problem, Result, Sampling
 
@@ -146,14 +155,14 @@ class Run:
     ) -> None:
         settings = settings or Settings()
         settings.check()
-        _check_problems(problems)
+        check_problems(problems)
         self.reward = load_reward(reward) if reward is not None else None
         self.policy, self.budget = settings.resolved()
         self.engine, self.settings = engine, settings
-        self.problems = _worded(problems, getattr(self.policy, "text", ""))
+        self.problems = worded(problems, traits_of(self.policy).text)
         self.skipped_rows = tuple(skipped_rows)
         self.sampling = _sampling(engine.info.sampling, settings)
-        self.kv = _kv(settings, engine)
+        self.kv = kv_in_force(KvSetting.asked(settings.kv_budget, settings.kv_method), engine)
         info = engine.info
         force = cache(lambda budget, method: _in_force(engine, budget, method))
         told = force(self.kv.budget, self.kv.method) if self.kv is not None else None
@@ -165,8 +174,8 @@ class Run:
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
         check_reward(self.policy, self.reward, self.budget.unit)
-        _check_needs(self.policy, info.signals, info.name)
-        _check_effort(self.policy, self.problems, engine)
+        check_needs(self.policy, info.signals, info.name)
+        check_effort(self.policy, self.problems, engine)
         brief = Brief(
             seed=settings.seed,
             max_thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
@@ -186,7 +195,7 @@ class Run:
         self.thinking_limit = thinking
         if self.budget.unit == "tokens":
             thinking = min(thinking, int(self.budget.amount) - engine.room_tokens)
-        _check_control(self.policy, engine, thinking)
+        check_control(self.policy, engine, thinking)
         self.ledger = Ledger.open(out, self._config()) if out is not None else Ledger()
         self.resumed = len(self.ledger.results)
         self.driver = Driver(
@@ -207,8 +216,8 @@ class Run:
     def notices(self) -> list[str]:
         """Words about what was found on resuming (a torn line that was dropped), and about decoding that stays dense."""
         found = list(self.ledger.notices)
-        effort = getattr(self.policy, "effort", 0.0) or self.settings.effort
-        if effort and not _reads_effort(self.problems, self.engine):
+        effort = next(iter(traits_of(self.policy).efforts), None) or self.settings.effort
+        if effort and not reads_effort(self.problems, self.engine):
             found.append(
                 f"effort: {self.engine.info.model}'s chat template reads none, so {effort:g} changes nothing; 'plain?text=…' says"
                 " it in words"
@@ -303,21 +312,7 @@ def fitting(
     """The problems whose prompts, as the policy sends them, leave the context room for an answer, and a line for each other. Raises
     InputError if none does."""
     policy, _ = settings.resolved()
-    room = engine.info.context - engine.room_tokens - 1
-    kept, skipped = [], []
-    for problem, told in zip(problems, _worded(problems, getattr(policy, "text", "")), strict=True):
-        tokens = max(engine.count_prompt(told, effort) for effort in efforts(policy, settings.effort))
-        if tokens <= room:
-            kept.append(problem)
-        else:
-            skipped.append(
-                f"{problem.id}: the prompt has {tokens} tokens, more than the {room} that the context leaves"
-            )
-    if not kept:
-        raise InputError(
-            f"prompt: every prompt is longer than the {room} tokens that the context leaves; use a model with a longer one"
-        )
-    return kept, skipped
+    return fit(problems, engine, policy, settings.effort)
 
 
 def _in_force(engine: Engine, budget: int, method: str | None) -> tuple[float, float] | None:
@@ -326,28 +321,11 @@ def _in_force(engine: Engine, budget: int, method: str | None) -> tuple[float, f
     return engine.sparse(kv) if kv is not None and isinstance(engine, SparseEngine) else None
 
 
-def _kv(settings: Settings, engine: Engine) -> KvSetting | None:
-    """How branches read the KV cache (None: all of it). Raises InputError for a budget under one of the engine's pages, and for an
-    engine whose decoding can't be set from here; a model that can't decode sparsely stays dense."""
-    kv = KvSetting.asked(settings.kv_budget, settings.kv_method)
-    if kv is None:
-        return None
-    info = engine.learn_kv() if isinstance(engine, ServedEngine) else engine.info
-    if info.kv_page is None and not info.kv_reason:
-        raise InputError(
-            f"kv-budget: how the {info.name} engine decodes can't be set from here; use --engine vllm, or leave it out"
-        )
-    if info.kv_page is None:
-        return None
-    kv.check_page(info.kv_page)
-    return kv
-
-
 def _planned(
     policy: Policy, budget: Budget, problems: Sequence[Problem], engine: Engine, settings: Settings
 ) -> Policy:
     """The policy with what it plans before the run (``ttc.policies.planned``); one that plans nothing as it is."""
-    if not hasattr(policy, "planned"):
+    if traits_of(policy).planned is None:
         return policy
     info, count = engine.info, max(len(problems), 1)
     prompts = [engine.count_prompt(problem, settings.effort) for problem in problems]
@@ -356,110 +334,6 @@ def _planned(
         prompt_tokens=sum(prompts) / count,
         thinking_tokens=settings.max_thinking_tokens or info.thinking_tokens or info.context,
     )  # fmt: skip
-
-
-def check_reward(policy: Policy, reward: RewardModel | None, unit: Unit = "tokens") -> None:
-    """Raise InputError for a policy that scores with a reward model where there is none, or none that can, or that can't be charged
-    in the budget's ``unit``."""
-    needs = getattr(policy, "needs", ())
-    if "reward" in needs and reward is None:
-        known = "nano-s-process" if "steps" in needs else "nano-s-outcome, or score by a confidence"
-        raise InputError(
-            f"policy: {policy.name} scores with a reward model; name one with --reward (reward=), as {known}"
-        )
-    if reward is not None and "reward" in needs:
-        check_priced(reward, unit)
-    if reward is not None and "steps" in needs:
-        check_process(reward, policy.name)
-
-
-def _check_problems(problems: Sequence[Problem]) -> None:
-    """Raise InputError for what is no problem, a reference that is no text, or an id that is there twice."""
-    seen: set[str] = set()
-    for problem in problems:
-        if not isinstance(problem, Problem):
-            raise InputError(
-                f"problems: {problem!r} is no ttc.Problem; make one, or read texts and rows with ttc.problems.load"
-            )
-        if problem.gold is not None and not isinstance(problem.gold, str):
-            raise InputError(
-                f"problems: the answer {problem.gold!r} of {problem.id!r} is no text; write {str(problem.gold)!r}"
-            )
-        if problem.id in seen:
-            raise InputError(f"problems: the id {problem.id!r} is there twice; give each problem its own")
-        seen.add(problem.id)
-
-
-def _check_needs(policy: Policy, signals: Sequence[str], engine: str) -> None:
-    for need in getattr(policy, "needs", ()):
-        if need not in ("reward", "control", "steps", "effort", "insert") and need not in signals:
-            known = ", ".join(signals) or "none"
-            mend = (
-                "give one that it has, as in best-of-n?score=" + signals[0]
-                if signals
-                else "use another policy"
-            )
-            raise InputError(
-                f"policy: {policy.name} needs {need}, which the {engine} engine can't measure (it has {known}); {mend}"
-            )
-
-
-def _check_effort(policy: Policy, problems: Sequence[Problem], engine: Engine) -> None:
-    """Raise InputError for a policy that chooses the effort where the model's chat template does not read it."""
-    if "effort" in getattr(policy, "needs", ()) and not _reads_effort(problems, engine):
-        raise InputError(
-            f"policy: {policy.name} needs a model that was trained for levels of effort; {engine.info.model} reads none in its"
-            " chat template"
-        )
-
-
-def _reads_effort(problems: Sequence[Problem], engine: Engine) -> bool:
-    """True if the chat template says something of an effort (or there is nothing to ask it for)."""
-    if not problems:
-        return True
-    plain, told = (engine.count_prompt(problems[0], effort) for effort in (None, 1.0))
-    return plain != told
-
-
-def _worded(problems: Sequence[Problem], text: str) -> list[Problem]:
-    """The problems, with ``text`` behind the last message of each ("": as they are)."""
-    if not text:
-        return list(problems)
-    found = []
-    for problem in problems:
-        *before, last = problem.messages
-        told = {**last, "content": f"{last['content']}\n{text}"}
-        found.append(replace(problem, messages=(*before, told)))
-    return found
-
-
-def _check_control(policy: Policy, engine: Engine, thinking: int = FAR) -> None:
-    """Raise InputError for a policy that steers chains on an engine or a model where that can't be done, or with texts that find
-    no place in ``thinking`` tokens, the most that any thought of the run may have."""
-    thinking = min(thinking, getattr(policy, "cap", 0) or thinking)
-    if hasattr(policy, "check_room"):
-        policy.check_room(engine.room_tokens, thinking)
-    if getattr(policy, "total", 0):
-        thinking = min(thinking, policy.total - engine.room_tokens)  # type: ignore[attr-defined]
-    needs = getattr(policy, "needs", ())
-    if "steps" in needs:
-        if not hasattr(engine, "check_steps"):
-            raise InputError(
-                f"policy: {policy.name} grows chains step by step, which the {engine.info.name} engine can't; use --engine vllm"
-            )
-        engine.check_steps(getattr(policy, "step", ""))
-    if "insert" in needs and not engine.info.inserts:
-        raise InputError(
-            f"policy: {policy.name} puts text into chains as they run, which the {engine.info.name} engine can't; use --engine vllm"
-        )
-    if "control" not in needs:
-        return
-    if not hasattr(engine, "check_control"):
-        raise InputError(
-            f"policy: {policy.name} steers chains as they run, which the {engine.info.name} engine can't; use --engine vllm"
-        )
-    if hasattr(policy, "control"):
-        engine.check_control(policy.control(min(thinking, engine.info.context)), thinking)
 
 
 def _sampling(own: Sampling, settings: Settings) -> Sampling:

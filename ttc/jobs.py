@@ -56,15 +56,15 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a policy tells of itself beforehand (``Policy.traits``), so that a run which can't give it that is refused at once.
+    """What a policy tells of itself beforehand, as its attribute ``traits``: a run that can't give it that is refused at once.
 
     ``needs``: "reward" (a reward model; with "steps" one that scores steps), "control" (steering inside the engine), "steps"
     (chains grown step by step), "insert" (text put into running chains), "effort" (a model trained for levels of effort), or a
     confidence of the engine's ("mean-logprob", "self-certainty"). ``efforts`` are those of its requests (none: the run's), each
-    with a prompt of its own to price. ``cap`` bounds its thoughts and ``total`` thought and answer together, in tokens (0: the run's
-    bounds). ``text`` is put behind each problem's last message; ``step`` is the text that ends a step. ``control`` gives what is done
-    to a chain that may think for so many tokens. ``check_room`` raises InputError for what finds no place in (tokens of the
-    answer's room, tokens of thinking). ``planned`` gives the policy with what it plans of a ``Situation``."""
+    with a prompt of its own to price. ``cap`` bounds its thoughts and ``total`` thought and answer together, in tokens (0: the
+    run's bounds). ``text`` is put behind each problem's last message; ``step`` is the text that ends a step. ``control`` gives
+    what is done to a chain that may think for so many tokens. ``check_room`` raises InputError for what finds no place in (tokens
+    of the answer's room, tokens of thinking). ``planned`` gives the policy with what it plans of a ``Situation``."""
 
     needs: tuple[str, ...] = ()
     efforts: tuple[float, ...] = ()

@@ -15,8 +15,9 @@ from tests.conftest import make_problems
 from tests.engine.http_engine import until
 from tests.engine.mock_server import Call, MockServer, Model, Script
 from tests.engine.test_http_steering import CLOSE, FORM, run
-from ttc.api import Run, Settings, _check_control
+from ttc.api import Run, Settings
 from ttc.budget import Budget
+from ttc.checks import check_control
 from ttc.engine.http_branch import Span, Spans
 from ttc.engine.http_runner import Setting
 from ttc.engine.http_server import Server
@@ -300,7 +301,7 @@ def test_a_server_that_knows_no_tokens_is_named() -> None:
         try:
             assert engine.info.probe_tokens is None
             with pytest.raises(InputError, match="/tokenize"):
-                _check_control(parse("beam"), engine)
+                check_control(parse("beam"), engine)
         finally:
             engine.close()
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import make_problems
 from tests.engine.mock_server import Call, MockServer, Script
-from ttc.api import Run, Settings, _check_control
+from ttc.api import Run, Settings
+from ttc.checks import check_control
 from ttc.engine.openai import OpenAIEngine
 from ttc.errors import InputError
 from ttc.policies import parse
@@ -200,18 +201,18 @@ def test_what_needs_the_plugin_is_refused_without_it() -> None:
     with MockServer(thinker([50]), opens="<") as server:
         engine = OpenAIEngine(server.url, format=FORM)
         try:
-            _check_control(parse("iterative-deepening"), engine)
-            _check_control(parse("budget-forcing"), engine)
+            check_control(parse("iterative-deepening"), engine)
+            check_control(parse("budget-forcing"), engine)
             for policy in ("plain?loops=4", "plain?stop_below=1", "plain?least=20"):
                 with pytest.raises(InputError, match="plugin"):
-                    _check_control(parse(policy), engine)
-            _check_control(parse("beam"), engine)
+                    check_control(parse(policy), engine)
+            check_control(parse("beam"), engine)
         finally:
             engine.close()
     with MockServer(thinker([50]), exact=False) as server:
         engine = OpenAIEngine(server.url, format=FORM)
         try:
             with pytest.raises(InputError, match="/tokenize"):
-                _check_control(parse("budget-forcing"), engine)
+                check_control(parse("budget-forcing"), engine)
         finally:
             engine.close()

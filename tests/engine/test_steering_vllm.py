@@ -16,7 +16,8 @@ import pytest
 from tests.conftest import PlainJudge
 from tests.engine.test_vllm import finish, request, sums
 from tests.waiting import LIMIT_S
-from ttc.api import Run, Settings, _check_control
+from ttc.api import Run, Settings
+from ttc.checks import check_control
 from ttc.engine.course import Course
 from ttc.engine.vllm import VLLMEngine
 from ttc.errors import InputError
@@ -347,18 +348,18 @@ def test_a_step_that_is_continued_keeps_its_tokens(engine: VLLMEngine) -> None:
 # -- at the door -----------------------------------------------------------------------------------------------------------------
 def test_what_no_branch_of_this_model_can_follow_is_refused(engine: VLLMEngine) -> None:
     with pytest.raises(InputError, match="no single token"):
-        _check_control(parse("beam?step=%0A%0A%0A&tokens=9"), engine)
+        check_control(parse("beam?step=%0A%0A%0A&tokens=9"), engine)
     with pytest.raises(InputError, match="trigger"):
         engine.check_control(Control(("",), (5,)))
     with pytest.raises(InputError, match="no token for a part of 'Wait ☃'"):
         engine.check_control(Control(("Wait ☃",), (5,)))
-    _check_control(parse("beam?step=;&tokens=9"), engine)
+    check_control(parse("beam?step=;&tokens=9"), engine)
 
 
 def test_a_model_without_a_delimiter_is_named_with_the_flag(engine: VLLMEngine) -> None:
     kept, engine.spelling.end = engine.spelling.end, []
     try:
         with pytest.raises(InputError, match="--think-close"):
-            _check_control(parse("budget-forcing"), engine)
+            check_control(parse("budget-forcing"), engine)
     finally:
         engine.spelling.end = kept

@@ -242,7 +242,7 @@ def test_adaptive_over_iterative_deepening_is_a_line() -> None:
     assert parse("adaptive?over=iterative-deepening%3Ffirst%3D16") == Adaptive(
         over=IterativeDeepening(first=16)
     )
-    assert "control" in policy.needs
+    assert "control" in policy.traits.needs
     seen: list[Request] = []
 
     class Watched(FakeEngine):

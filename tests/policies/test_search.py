@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_problems
 from tests.driving import make_driver, total
-from ttc.api import _check_control, check_reward
 from ttc.budget import Budget, Unit
+from ttc.checks import check_control, check_reward
 from ttc.costmodel import ModelShape
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.errors import BudgetTooSmall, InputError
@@ -278,7 +278,7 @@ def test_what_is_missing_is_named() -> None:
         check_reward(parse("beam"), None)
     check_reward(parse("beam"), Hashed())
     with pytest.raises(InputError, match="step by step, which the fake engine can't"):
-        _check_control(parse("particles"), Plainest())  # type: ignore[arg-type]
+        check_control(parse("particles"), Plainest())  # type: ignore[arg-type]
 
 
 def test_a_score_that_is_no_chance_is_this_problems_failure() -> None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import ttc
 from tests.conftest import make_problems
 from tests.driving import make_driver, total
-from ttc.api import Run, Settings, _check_control
+from ttc.api import Run, Settings
 from ttc.budget import Budget, Unit
+from ttc.checks import check_control
 from ttc.engine.course import Course, check_words
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.engine.protocol import EngineInfo
@@ -278,8 +279,8 @@ def test_options_without_sense_are_refused_in_one_line(text: str, words: str) ->
 
 def test_a_cap_smaller_than_the_answers_room_is_refused() -> None:
     with pytest.raises(InputError, match="give at least 9"):
-        _check_control(parse("plain?total=8"), FakeEngine())
-    _check_control(parse("plain?total=9"), FakeEngine())
+        check_control(parse("plain?total=8"), FakeEngine())
+    check_control(parse("plain?total=9"), FakeEngine())
 
 
 @pytest.mark.parametrize(
@@ -327,8 +328,8 @@ def test_an_engine_that_cannot_steer_is_named() -> None:
         info, room_tokens = FakeEngine().info, 8
 
     with pytest.raises(InputError, match="steers chains as they run, which the fake engine can't"):
-        _check_control(parse("budget-forcing"), Plainest())  # type: ignore[arg-type]
-    _check_control(parse("self-consistency"), Plainest())  # type: ignore[arg-type]
+        check_control(parse("budget-forcing"), Plainest())  # type: ignore[arg-type]
+    check_control(parse("self-consistency"), Plainest())  # type: ignore[arg-type]
 
 
 def test_what_a_control_is_belongs_to_the_requests_digest() -> None:

@@ -150,7 +150,7 @@ class ProbingEngine(Protocol):
 class SteeringEngine(Protocol):
     """An engine that does what ``Request.control`` says."""
 
-    def check_control(self, control: Control | None, thinking: int) -> None:
+    def check_control(self, control: Control, thinking: int) -> None:
         """Raise InputError for what can't be done to a thought of at most ``thinking`` tokens here."""
         ...
 
