@@ -22,6 +22,7 @@ from ttc.engine.course import Course, check_words
 from ttc.engine.fake import FakeEngine, random_writer
 from ttc.engine.protocol import EngineInfo
 from ttc.errors import InputError
+from ttc.jobs import Traits
 from ttc.policies import parse
 from ttc.samplers.deepening import checkpoints, most_triggers
 from ttc.types import (
@@ -200,7 +201,7 @@ class Nudge:
 
     text: str = "one two three"
     name: str = "nudge"
-    needs: tuple[str, ...] = ("insert",)
+    traits = Traits(needs=("insert",))
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         requests = tuple(brief.request(problem, i, probe_every=10) for i in range(2))
