@@ -26,14 +26,18 @@ def models(as_json: AsJson = False) -> None:
         return
     from rich.table import Table
 
-    from ttc.cli.render import stdout
+    from ttc.cli.render import in_pieces, stdout
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("task: right in one sample, %", overflow="fold")
+    table.add_column("task: right in one sample, %")
+    room = stdout.width - 2 - sum(len(m.name) + 2 for m in known)
     for m in known:
         table.add_column(f"{m.name}\n{m.params / 1e6:.2f} M", justify="right", no_wrap=True)
     for task in dict.fromkeys(task for m in known for task in m.tasks):
-        table.add_row(task, *(f"{100 * m.pass_at_1[task]:.0f}" if task in m.pass_at_1 else "" for m in known))
+        table.add_row(
+            in_pieces(task, room),
+            *(f"{100 * m.pass_at_1[task]:.0f}" if task in m.pass_at_1 else "" for m in known),
+        )
     stdout.print(table)
     stdout.print(
         "Held-out problems, 200 a task; intervals, votes, lengths: README.md in a model's folder (--json: its path)."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
+if not stdout.is_terminal and "COLUMNS" not in os.environ:
+    stdout.width = 160  # a pipe or a file has no edge: what is one line stays one
 _REFRESH_SECONDS = 0.2
+_WIDE = 100
+"""Columns from which there is room for a bar and for what matters less."""
 
 
 class _Facts(ProgressColumn):
@@ -31,20 +37,23 @@ class _Facts(ProgressColumn):
 
 
 class Live:
-    """Progress of a run: problems done, spent against budget, tokens a second, accuracy so far. Use as a context manager and pass
-    ``update`` as the run's ``on_step``. On a terminal a live line; else a plain line every ten seconds. ``quiet``: nothing."""
+    """Progress of a run: problems done, spent against budget, accuracy so far, time left, tokens a second. Use as a context manager
+    and pass ``update`` as the run's ``on_step``. On a terminal a live line; else a plain line every ten seconds.
+    ``quiet``: nothing."""
 
     def __init__(self, budget: Budget, problems: int, *, quiet: bool) -> None:
         self.budget, self.problems, self.quiet = budget, problems, quiet
         self.console = stderr
         self._shown = 0.0
+        self._first: tuple[int, float] | None = None
         self._progress: Progress | None = None
         self._task: Any = None
 
     def __enter__(self) -> Live:
         if not self.quiet and self.console.is_terminal:
+            bar = [BarColumn(bar_width=12)] if self.console.width >= _WIDE else []
             self._progress = Progress(
-                BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"), _Facts(Column(no_wrap=True)),
+                *bar, TextColumn("{task.completed}/{task.total}"), _Facts(Column(no_wrap=True)),
                 console=self.console, transient=True, refresh_per_second=5,
             )  # fmt: skip
             self._task = self._progress.add_task("solve", total=self.problems, facts="")
@@ -59,6 +68,7 @@ class Live:
 
     def update(self, status: Status) -> None:
         now = time.monotonic()
+        self._first = self._first or (status.done, status.seconds)
         wait = _REFRESH_SECONDS if self._progress is not None else 10.0
         if self.quiet or now - self._shown < wait:
             return
@@ -81,10 +91,30 @@ class Live:
         parts = [
             f"{_without_unit(format_amount(spent, unit), unit)} of {format_amount(whole, unit)}",
             f"{status.correct / status.scored:.1%} right ({low:.0%} to {high:.0%})" if status.scored else "",
+            self._left(status),
             f"{tokens / status.seconds:,.0f} tok/s" if status.seconds else "",
-            f"{status.running} running",
+            f"{status.running} running" if self.console.width >= _WIDE else "",
         ]
         return "  ".join(part for part in parts if part)
+
+    def _left(self, status: Status) -> str:
+        """How long the rest takes at this session's pace ("" before some problems are done)."""
+        done, seconds = self._first or (0, 0.0)
+        if status.done - done < 3:
+            return ""
+        left = (status.problems - status.done) * (status.seconds - seconds) / (status.done - done)
+        hours, minutes = divmod(int(left) // 60, 60)
+        return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{int(left) % 60:02} left"
+
+
+def in_pieces(task: str, width: int) -> str:
+    """A task's name in lines of at most ``width`` characters that break behind "?" and "&" only."""
+    lines = [""]
+    for piece in re.split(r"(?<=[?&])", task):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def print_answer(
@@ -186,9 +216,9 @@ _ENDS = {
 
 def _samples(summary: Mapping[str, Any]) -> str:
     more = (
-        (summary["steps"], "steps of a search apart"),
         (summary["failed_samples"], "of them failed"),
-        (summary["retried_samples"], "tried again"),
+        (summary["retried_samples"], "attempts made again"),
+        (summary["steps"], "steps of a search apart"),
     )
     parts = ", ".join(f"{count:,} {what}" for count, what in more if count)
     return f"{summary['samples']:,}" + (f"  ({parts})" if parts else "")

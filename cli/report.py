@@ -24,11 +24,11 @@ def report(
     if as_json:
         print(json.dumps({"run": str(run), "problems": told}))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.tree import Tree
 
-    console = Console()
+    from ttc.cli.render import stdout as console
+
     for each in told:
         mark = {True: "right", False: "wrong", None: "not judged"}[each["correct"]]
         answer = escape(str(each["answer"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -284,13 +285,27 @@ def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
                     print_line(by_id[result.problem_id], result)
     except EngineError as error:
         raise EngineError(f"{error}; {_saved(run, len(results))}") from error
+    except KeyboardInterrupt:  # a second Ctrl-C
+        _stopped(run, len(results))
+        raise typer.Exit(3) from None
     return results
+
+
+def _stopped(run: Run, done: int) -> None:
+    """Say that the run was stopped, and the command that goes on with it."""
+    _note(f"stopped: {_saved(run, done)}")
+    if run.ledger.directory:
+        _note(f"to go on: {shlex.join(['ttc', *sys.argv[1:]])}")
 
 
 def _saved(run: Run, done: int) -> str:
     """How far a run came that ended early, and how to go on."""
     out = run.ledger.directory
-    how = f" and saved; the same command resumes in {out}" if out else "; give --out DIR to be able to resume"
+    how = (
+        f" and saved in {out}; the same command resumes them"
+        if out
+        else "; give --out DIR to be able to resume"
+    )
     return f"{done} of {len(run.problems)} problems are done{how}"
 
 
@@ -323,7 +338,7 @@ def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> N
     else:
         print_summary(summary, replayed_tokens=run.status.replayed_tokens)
     if run.interrupted:
-        _note(f"stopped: {_saved(run, len(results))}")
+        _stopped(run, len(results))
         raise typer.Exit(3)
     for result in results:
         if result.error and not as_json:

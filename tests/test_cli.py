@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -272,6 +273,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "of 60 answered" in done.stdout
     assert "the same command resumes" in done.stderr
+    assert f"to go on: {shlex.join(['ttc', 'solve', *STRIKES, '--out', str(out)])}\n" in done.stderr
     assert "Traceback" not in done.stderr
     rows = [json.loads(line) for line in (out / "branches.jsonl").read_text().splitlines()]
     assert 30 < len(rows) < 60, "those that had ended, and those that ran, cut"
