@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,7 @@ def read_trace(text: str, name: str, *, chars_per_token: float = CHARS_PER_TOKEN
     if not grouped:
         raise InputError(f"trace {name}: no branches; a trace has a metadata line and one line per branch")
     problems = []
+    names = _short(grouped)
     for query, group in grouped.items():
         tokens = []
         for branch in group:
@@ -123,7 +126,7 @@ def read_trace(text: str, name: str, *, chars_per_token: float = CHARS_PER_TOKEN
         scores = scores / 100 if np.any(scores > 1) else scores
         final = np.where(scores >= 0.5, 0, -1)
         unprobed = np.empty((len(group), 0), dtype=np.int64)
-        problems.append(PooledProblem(query[:60], np.array(tokens), final, unprobed))
+        problems.append(PooledProblem(names[query], np.array(tokens), final, unprobed))
     local, block, topk = head.get("attn_local"), head.get("attn_block_size"), head.get("attn_block_topk")
     budget = None
     if local is not None:
@@ -215,6 +218,15 @@ def _length(value: Any, name: str, problem: int) -> float:
     if not (length >= 0 and math.isfinite(length)):
         raise InputError(f"pool {name}: problem {problem} has a branch of {value} tokens; use a finite count")
     return length
+
+
+def _short(queries: Iterable[str]) -> dict[str, str]:
+    """A name for each question: how it begins, and where others begin alike also a digest of it."""
+    begins = Counter(query[:60] for query in queries)
+    return {
+        query: query[:60] + (f"… {sha256(query.encode()).hexdigest()[:8]}" if begins[query[:60]] > 1 else "")
+        for query in queries
+    }
 
 
 def _first(value: Any) -> Any:

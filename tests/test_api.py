@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 
 import ttc
 from tests.conftest import make_problems
-from ttc.api import Run, Settings
+from ttc.api import Options, Run, Settings
 from ttc.engine.fake import FakeEngine, Script
+from ttc.engine.protocol import StepReport
 from ttc.errors import InputError
 from ttc.policies import SelfConsistency
+from ttc.simulate import load
 from ttc.types import Problem
 
 
@@ -178,3 +185,82 @@ def test_what_is_no_problem_policy_or_budget_is_said_in_one_line(
 ) -> None:
     with pytest.raises(InputError, match=says):
         Run(problems, FakeEngine(), Settings(**settings))
+
+
+def test_the_keywords_of_run_and_solve_are_the_fields_of_settings() -> None:
+    """Type checkers see each of them, with its type."""
+    told, kept = get_type_hints(Options), get_type_hints(Settings)
+    assert told == kept
+
+
+class Slow(FakeEngine):
+    """Lets the event loop have its turn between steps."""
+
+    def step(self) -> StepReport:
+        time.sleep(0.001)
+        return super().step()
+
+
+def test_a_cancelled_asolve_spends_no_more(tmp_path: Path) -> None:
+    engine = Slow(writer=lambda request, issued: Script(300, "7", 1))
+
+    async def leave() -> None:
+        options: Options = {"policy": "self-consistency?n=400", "budget": "100M tokens"}
+        working = asyncio.create_task(ttc.asolve(make_problems(1)[0], engine=engine, out=tmp_path, **options))
+        while engine.counters().steps < 5:
+            await asyncio.sleep(0)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+
+    asyncio.run(leave())
+    spent = engine.counters()
+    assert not engine._live and spent.requests == engine.concurrency, (
+        "nothing runs, and nothing new was begun"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "branches.jsonl").read_text().splitlines()]
+    told = sum(
+        row["charge"].get("tokens_generated", 0) + row["charge"].get("tokens_forced", 0) for row in rows
+    )
+    assert told == spent.output_tokens
+    assert ttc.solve(make_problems(1)[0], engine=engine, policy="greedy").answer == "7"
+
+
+def test_an_asolve_that_is_cancelled_as_the_engine_opens_spends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opening, go, engine = threading.Event(), threading.Event(), mixed()
+
+    def start(model: str, name: str) -> FakeEngine:
+        opening.set()
+        go.wait()
+        return engine
+
+    monkeypatch.setattr("ttc.api.start_engine", start)
+
+    async def leave() -> None:
+        working = asyncio.create_task(ttc.asolve("6*7", engine="slow to open"))
+        while not opening.is_set():
+            await asyncio.sleep(0)
+        working.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+
+    asyncio.run(leave())
+    assert engine.counters().requests == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"), [(("rg:a", "rg:a"), "rg:a"), (("rg:a", "rg:b"), None), ((None, None), None)]
+)
+def test_a_run_directory_names_the_task_of_its_problems(
+    tasks: tuple[str | None, ...], told: str | None, tmp_path: Path
+) -> None:
+    problems = [
+        replace(p, meta={**p.meta, **({"task": task} if task else {})})
+        for p, task in zip(make_problems(len(tasks)), tasks, strict=True)
+    ]
+    list(ttc.run(problems, engine=mixed(), policy="greedy", out=tmp_path / "run"))
+    assert load(tmp_path / "run").task == told

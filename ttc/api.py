@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
@@ -147,8 +147,8 @@ class Run:
         engine: Engine,
         settings: Settings | None = None,
         *,
-        out: str | os.PathLike[str] | None = None,
-        reward: RewardModel | Scorer | str | None = None,
+        out: Out = None,
+        reward: Reward = None,
         on_step: Callable[[Status], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         skipped_rows: Sequence[str] = (),
@@ -291,6 +291,7 @@ class Run:
             "intensity": settings.intensity,
             "price": dict(settings.price),
             "reward": reward_name(self.reward) if self.reward is not None else None,
+            "task": _task(self.problems),
             "problems": {"count": len(rows), "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()},
             "files": dict(info.files),
             "digests": {
@@ -336,6 +337,13 @@ def _planned(
     )  # fmt: skip
 
 
+def _task(problems: Sequence[Problem]) -> str | None:
+    """The task that all problems are of, if there is one."""
+    tasks = {problem.meta.get("task") for problem in problems}
+    task = tasks.pop() if len(tasks) == 1 else None
+    return task if isinstance(task, str) else None
+
+
 def _sampling(own: Sampling, settings: Settings) -> Sampling:
     changes = {
         name: value
@@ -345,41 +353,87 @@ def _sampling(own: Sampling, settings: Settings) -> Sampling:
     return replace(own, **changes)
 
 
+class Options(TypedDict, total=False):
+    """The fields of ``Settings`` as keyword arguments."""
+
+    policy: Policy | str
+    budget: Budget | str
+    scope: str
+    seed: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    max_thinking_tokens: int | None
+    effort: float | None
+    kv_budget: int | None
+    kv_method: str | None
+    intensity: float | None
+    price: Mapping[str, float]
+
+
+Out = str | os.PathLike[str] | None
+Reward = RewardModel | Scorer | str | None
+
+
 def run(
-    problems: Sequence[Problem], *, engine: Engine, out: str | os.PathLike[str] | None = None,
-    reward: RewardModel | Scorer | str | None = None, **settings: Any,
+    problems: Sequence[Problem], *, engine: Engine, out: Out = None, reward: Reward = None, **settings: Unpack[Options]
 ) -> Iterator[Result]:  # fmt: skip
-    """Solve ``problems`` on an open engine; yields each ``Result`` as it is done. ``settings`` are those of ``Settings``,
-    ``reward`` is a reward model, its name, or a callable (``ttc.rewards``)."""
+    """Solve ``problems`` on an open engine; yields each ``Result`` as it is done. ``settings`` are those of ``Settings``, ``out``
+    is a run directory, ``reward`` a reward model, its name, or a callable (``ttc.rewards``)."""
     yield from Run(problems, engine, Settings(**settings), out=out, reward=reward).results()
 
 
 def solve(
-    problem: str | Problem, *, model: str = DEFAULT_MODEL, engine: Engine | str = "vllm", **settings: Any
-) -> Result:
-    """Solve one problem under a hard budget. Opens (and closes) an engine unless one is given.
+    problem: str | Problem, *, model: str = DEFAULT_MODEL, engine: Engine | str = "vllm", out: Out = None, reward: Reward = None,
+    **settings: Unpack[Options],
+) -> Result:  # fmt: skip
+    """Solve one problem under a hard budget. Opens (and closes) an engine unless one is given; the rest as for ``run``.
 
     Raises InputError for bad input and EngineError for an engine that fails; a problem that fails is ``Result.error``.
     """
     problems = from_text(problem) if isinstance(problem, str) else [problem]
     Settings(**settings).check()
-    if not isinstance(engine, str):
-        return next(run(problems, engine=engine, **settings))
-    with open_engine(model, engine) as opened:
-        return next(iter(list(run(problems, engine=opened, **settings))))
+    with nullcontext(engine) if not isinstance(engine, str) else open_engine(model, engine) as opened:
+        [result] = run(problems, engine=opened, out=out, reward=reward, **settings)
+        return result
 
 
-async def asolve(problem: str | Problem, **options: Any) -> Result:
-    """``solve`` for event loops; the work is done in a thread."""
-    return await asyncio.to_thread(solve, problem, **options)
+async def asolve(
+    problem: str | Problem, *, model: str = DEFAULT_MODEL, engine: Engine | str = "vllm", out: Out = None, reward: Reward = None,
+    **settings: Unpack[Options],
+) -> Result:  # fmt: skip
+    """``solve`` for event loops; the work is done in a thread. Cancelling it stops the run after the current step, and waits for
+    that: nothing is spent any more when ``CancelledError`` arrives."""
+    problems = from_text(problem) if isinstance(problem, str) else [problem]
+    Settings(**settings).check()
+    cancelled, sessions = threading.Event(), list[Run]()
+
+    def work() -> list[Result]:
+        with nullcontext(engine) if not isinstance(engine, str) else open_engine(model, engine) as opened:
+            if cancelled.is_set():
+                return []
+            sessions.append(Run(problems, opened, Settings(**settings), out=out, reward=reward))
+            if cancelled.is_set():
+                sessions[0].stop()
+            return list(sessions[0].results())
+
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        [result] = await asyncio.shield(working)
+        return result
+    except asyncio.CancelledError:
+        cancelled.set()
+        for session in sessions:
+            session.stop()
+        await asyncio.wait([working])
+        raise
 
 
-async def arun(problems: Sequence[Problem], *, engine: Engine, **options: Any) -> AsyncIterator[Result]:
+async def arun(
+    problems: Sequence[Problem], *, engine: Engine, out: Out = None, reward: Reward = None, **settings: Unpack[Options]
+) -> AsyncIterator[Result]:  # fmt: skip
     """``run`` for event loops: results as they are done; leaving the loop early stops the run after the current step."""
-    session = Run(
-        problems, engine, Settings(**{k: v for k, v in options.items() if k not in ("out", "reward")}),
-        out=options.get("out"), reward=options.get("reward"),
-    )  # fmt: skip
+    session = Run(problems, engine, Settings(**settings), out=out, reward=reward)
     arrived: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
 
     def work() -> None:

@@ -18,6 +18,8 @@ from ttc.costmodel.accuracy import bootstrap, coverage, pool_accuracy, vote
 from ttc.costmodel.pools import read, read_all
 from ttc.costmodel.records import Curve, Pool
 from ttc.errors import InputError
+from ttc.policies import parse
+from ttc.simulate import replay
 
 POOLS = Path(__file__).resolve().parents[2] / ".." / "shared" / "pools"
 needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="recorded pools (../shared/pools) are not here")
@@ -187,3 +189,19 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         coverage(1, 4, 5)
     with pytest.raises(InputError, match="vote or coverage"):
         pool_accuracy(Pool("p", ()), samples=1, rule="magic")
+
+
+def test_long_questions_that_begin_alike_are_two_problems(tmp_path: Path) -> None:
+    begins = "Let x be a number that is larger than any of those which follow: " + "1, " * 20
+    file = tmp_path / "t.jsonl"
+    rows = [_row(begins + end, score) for end, score in (("2?", 1.0), ("2?", 1.0), ("3?", 0.0))] + [
+        _row("3?", 1.0)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [pool] = read(file)
+    assert isinstance(pool, Pool)
+    names = [problem.id for problem in pool.problems]
+    assert len(set(names)) == 3 and names[2] == "3?"
+    assert all(name.startswith(begins[:60]) for name in names[:2])
+    assert [len(problem.tokens) for problem in pool.problems] == [2, 1, 1]
+    assert replay(pool, parse("greedy"), shuffles=1).right.mean() == pytest.approx(2 / 3)

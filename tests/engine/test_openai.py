@@ -305,7 +305,7 @@ def test_what_was_taken_while_the_server_was_away_runs_when_it_is_back() -> None
         seen(engine, 3)
 
         def away() -> None:  # at one go: no event comes between
-            engine._setting.unreachable = "refused"
+            engine._setting.gone = "refused"
             for ticket in (1, 2):
                 engine._start(ticket, request(index=ticket))
             engine._abort([2])

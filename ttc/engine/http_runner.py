@@ -23,6 +23,14 @@ LOG = logging.getLogger("ttc.engine.openai")
 LONGEST_BACKOFF_S = 30.0
 TEMPLATE_TOKENS = 8  # a chat template's own tokens around a message, where prompts can only be estimated
 REMEMBERED_PROMPTS = 4096
+REFUSED = {
+    401: "set OPENAI_API_KEY to a valid key",
+    403: "see what the key in OPENAI_API_KEY may do",
+    404: "see whether the server still has the model",
+}
+"""Statuses that no request of a run will escape, and the mend."""
+REFUSALS = 8
+"""Branches refused in a row after which the rest is not tried."""
 PROMPT_PASSES = 3
 """Calls of one branch that a server may accept: the thought, the answer, and one resumed after a break."""
 
@@ -34,8 +42,8 @@ def estimate_prompt(problem: Problem) -> int:
 
 @dataclass(slots=True)
 class Setting:
-    """What all tickets of an engine share. ``unreachable`` holds the last failure to connect, "" if a call
-    has been accepted since."""
+    """What all tickets of an engine share. ``gone`` says why no call can succeed any more, as the server can't be reached or has
+    refused ``REFUSALS`` branches in a row; "" if a call has been accepted since."""
 
     server: Server
     form: AnswerFormat
@@ -47,7 +55,8 @@ class Setting:
     seed: int
     slots: asyncio.Semaphore
     probe_slots: asyncio.Semaphore
-    unreachable: str = ""
+    gone: str = ""
+    refusals: int = 0
     prompts: dict[tuple[str, float | None], list[int]] = field(default_factory=dict)
     spelt: dict[str, list[int]] = field(default_factory=dict)
     tails: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -55,6 +64,21 @@ class Setting:
     @property
     def room_tokens(self) -> int:
         return self.spans.most_tokens + self.form.answer_tokens
+
+    def failed(self, failure: CallFailed, words: str) -> None:
+        """A branch has ended in this failure."""
+        if failure.unreachable:
+            self.gone = f"can't be reached any more: {words}"
+        elif failure.status in REFUSED:
+            self.refusals += 1
+            if self.refusals == REFUSALS:
+                self.gone = (
+                    f"has refused {self.refusals} branches in a row ({words}); {REFUSED[failure.status]}"
+                )
+
+    def accepted(self) -> None:
+        """The server has answered a branch's call."""
+        self.gone, self.refusals = "", 0
 
     async def prompt_ids(self, problem: Problem, effort: float | None) -> list[int]:
         """The prompt's token ids, remembered for its other branches. Raises CallFailed."""
@@ -155,8 +179,8 @@ class Runner:
                 finish = await self._drive()
         except CallFailed as failure:
             error = one_line(str(failure))
-            if failure.unreachable:
-                self.setting.unreachable = error
+            if failure.unreachable or not self.fork:
+                self.setting.failed(failure, error)
         except Exception as failure:  # a mistake of ours must not leave the driver waiting for ever
             LOG.exception("seed %d failed", self.request.seed)
             error = f"{type(failure).__name__}: {one_line(str(failure))}"
@@ -309,7 +333,7 @@ class Runner:
 
         def receive(delta: Delta) -> bool:
             going = branch.receive(delta)
-            self.setting.unreachable = ""
+            self.setting.accepted()
             self.moved(branch.output_tokens)
             self.probing.look(branch)
             if not going:
@@ -322,7 +346,7 @@ class Runner:
             await server.generate(path, body, receive)
             cut = False
         except asyncio.CancelledError:
-            if not self.setting.unreachable:
+            if not self.setting.gone:
                 branch.hang_up()
             raise
         finally:

@@ -286,8 +286,8 @@ class OpenAIEngine:
         """What has ended since the last step, waiting 50 ms for something to end if nothing has, and where
         the others are.
 
-        Raises EngineError once the server can't be reached any more and everything that had run has been
-        reported.
+        Raises EngineError once the server can't be reached any more, or refuses every call, and everything
+        that had run has been reported.
         """
         if self._loop.is_closed():
             raise EngineError("the engine is closed")
@@ -297,9 +297,9 @@ class OpenAIEngine:
             self._woken = False
             report = StepReport(self._finished, self._moved, self._probed)
             self._finished, self._moved, self._probed = [], {}, []
-            gone = self._setting.unreachable
+            gone = self._setting.gone
             if gone and not self._running and not report.finished:
-                raise EngineError(f"{self._server.url} can't be reached any more: {gone}", retryable=True)
+                raise EngineError(f"{self._server.url} {gone}", retryable=not self._setting.refusals)
         if self._held and not gone:
             self._on_loop(self._release)
         return report
@@ -335,7 +335,7 @@ class OpenAIEngine:
 
     # -- on the loop -------------------------------------------------------------------------------
     def _start(self, ticket: int, request: Request) -> None:
-        if self._setting.unreachable:
+        if self._setting.gone:
             self._held[ticket] = (
                 request  # until another branch hears of the server, or a step says that it is gone
             )
