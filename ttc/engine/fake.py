@@ -16,10 +16,10 @@ from ttc.engine.course import FAR, Course, check_fits
 from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.types import AnswerFormat, Completion, Control, Fork, Problem, Request, Sampling
 
-TINY_SHAPE_CONFIG = {
+TINY_SHAPE = ModelShape.from_config({
     "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(
             name="fake", model="fake", context=self.context, concurrency=self.concurrency, format=AnswerFormat(),
-            sampling=Sampling(), steerable=self.steerable, shape=ModelShape.from_config(TINY_SHAPE_CONFIG),
+            sampling=Sampling(), steerable=self.steerable, shape=TINY_SHAPE,
             signals=("mean-logprob", "self-certainty"), identity={"model": "fake"}, inserts=True,
             probe_tokens=self.room_tokens if self.probes else None, probe_prefill=BLOCK if self.probes else None,
         )  # fmt: skip
