@@ -230,7 +230,7 @@ def test_a_long_policy_that_asks_one_at_a_time_resumes(tmp_path: Path) -> None:
     text = "adaptive-consistency?n=400&confidence=1.0"
 
     def engine() -> FakeEngine:
-        return FakeEngine(lambda request, issued: Script(2, str(request.index), 1))
+        return FakeEngine(lambda request, issued: Script(2, str(request.index % 7), 1))
 
     settings = Settings(policy=text, budget="1M tokens")
     first = Run(make_problems(1), engine(), settings, out=tmp_path)

@@ -53,7 +53,7 @@ def random_writer(
         rng = random.Random(f"{request.seed}/{issued if flaky else 0}")
         thinking = min(int(rng.expovariate(1 / mean_thinking)), 100_000)
         gold = request.problem.gold or "0"
-        answer = gold if rng.random() < p_right else f"{gold}{rng.choice('xyz')}"
+        answer = gold if rng.random() < p_right else f"{gold}{rng.choice('123')}"
         fails = rng.randint(0, thinking + 2) if rng.random() < p_fail and issued == 0 else None
         hangs = rng.randint(0, thinking + 2) if rng.random() < p_hang else None
         return Script(thinking, answer, rng.randint(1, 4), fails, hangs)
