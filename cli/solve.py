@@ -19,6 +19,7 @@ from ttc.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from ttc.api import Run
+    from ttc.jobs import Status
     from ttc.types import Result
 
 SPARSE_PAGE = 32
@@ -276,9 +277,18 @@ def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
         _note(f"skipped {line}")
     by_id = {p.id: p for p in run.problems}
     results: list[Result] = []
+    unsaid = True
+
+    def step(status: Status) -> None:
+        nonlocal unsaid
+        if unsaid and run.driver.crowded:
+            _note(run.driver.crowded)
+        unsaid = False
+        live.update(status)
+
     try:
         with _signals(run), Live(run.budget, len(run.problems), quiet=quiet) as live:
-            run.driver.on_step = live.update
+            run.driver.on_step = step
             for result in run.results():
                 results.append(result)
                 if lines and not quiet and (len(run.problems) <= 40 or result.error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +407,36 @@ def test_a_refused_resume_says_what_was_and_what_is(tmp_path: Path) -> None:
     for words, changes in cases.items():
         with pytest.raises(InputError, match=words):
             Ledger.open(tmp_path, config(**changes))
+
+
+# -- a budget that leaves the engine idle --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("amount", "scope", "policy", "words"),
+    [
+        (
+            "1k tokens",
+            "problem",
+            "self-consistency?n=16",
+            "2 branches begin at once where the engine has room for 64",
+        ),
+        ("40k tokens", "problem", "self-consistency?n=16", ""),
+        ("1k tokens", "problem", "greedy", ""),
+    ],
+)
+def test_it_is_said_when_what_branches_hold_leaves_the_engine_idle(
+    amount: str, scope: str, policy: str, words: str
+) -> None:
+    settings = Settings(policy=policy, budget=amount, scope=scope, max_thinking_tokens=400)
+    this = Run(make_problems(1), FakeEngine(writer=lambda r, i: Script(10, "7", 1), concurrency=64), settings)
+    assert this.notices == []
+    list(this.results())
+    assert len(this.notices) == bool(words)
+    assert words in "".join(this.notices)
+    if words:
+        cap = int("".join(this.notices).partition("--max-thinking ")[2].split()[0])
+        mended = replace(settings, max_thinking_tokens=cap)
+        other = Run(
+            make_problems(1), FakeEngine(writer=lambda r, i: Script(10, "7", 1), concurrency=64), mended
+        )
+        list(other.results())
+        assert other.notices == [], "the mend works"

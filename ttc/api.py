@@ -214,8 +214,11 @@ class Run:
 
     @property
     def notices(self) -> list[str]:
-        """Words about what was found on resuming (a torn line that was dropped), and about decoding that stays dense."""
+        """Words about what was found on resuming (a torn line that was dropped), decoding that stays dense, and, once the run has
+        begun, a budget that leaves the engine idle."""
         found = list(self.ledger.notices)
+        if self.driver.crowded:
+            found.append(self.driver.crowded)
         effort = next(iter(traits_of(self.policy).efforts), None) or self.settings.effort
         if effort and not reads_effort(self.problems, self.engine):
             found.append(

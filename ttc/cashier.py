@@ -123,15 +123,31 @@ class Cashier:
         enough = 1 if first else self._typical_tokens()
         return fits if fits >= min(enough, want) else None
 
-    def _longest_that_fits(self, job: Job, request: Request, want: int) -> int:
+    def _longest_that_fits(self, job: Job, request: Request, want: int, share: float | None = None) -> int:
+        """Of a thought, in tokens, with what the meter has left, or with ``share`` of the budget."""
         low, high = 0, want
         while low < high:
             middle = (low + high + 1) // 2
-            if job.account.meter.fits(self.most(job, request, middle)):
+            most = self.most(job, request, middle)
+            if job.account.meter.fits(most) if share is None else most <= share:
                 low = middle
             else:
                 high = middle - 1
         return low
+
+    def crowding(self, job: Job, running: int, wanted: int) -> str:
+        """What to say of a run that begins with ``running`` branches because money is held for them, where one scope of the budget
+        wants ``wanted`` at once."""
+        request = job.pending[0][1]
+        held = format_amount(self.most(job, request, request.thinking_tokens), self.budget.unit)
+        cap = self._longest_that_fits(job, request, request.thinking_tokens, self.budget.amount / wanted)
+        whose = " of each problem" if self.budget.scope == "problem" else ""
+        mend = f"--max-thinking {cap} lets {wanted}{whose} run, and so does" if cap >= 16 else "give"
+        return (
+            f"budget: {running} branch{'es begin' if running > 1 else ' begins'} at once where the engine has room for"
+            f" {self.engine.info.concurrency}, since each holds the most that it can use, {held} for a thought of up to"
+            f" {request.thinking_tokens:,} tokens; {mend} a larger budget"
+        )
 
     def _typical_tokens(self) -> int:
         total, count = self._lengths

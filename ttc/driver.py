@@ -109,6 +109,8 @@ class Driver:
         self.flights: dict[int, Flight] = {}
         self._ready: list[tuple[float, int, int, Job]] = []
         self._parked: list[Job] = []
+        self.crowded: str | None = None
+        """Once a run has begun: why the engine has less to do than it could ("": it is as busy as it can be)."""
         self._pushes = 0
         self._stop = False
         self._begun = self._followed = 0.0
@@ -189,6 +191,8 @@ class Driver:
                 yield from self.closing.results()
                 self.scoring.look()
                 self._fill(waiting)
+                if self.crowded is None:
+                    self.crowded = self._crowding()
                 yield from self.closing.results()
                 if self.flights:
                     self._turn()
@@ -376,6 +380,18 @@ class Driver:
             elif job.pending:
                 self._parked.append(job)
             self.steering.wake()
+
+    def _crowding(self) -> str:
+        """What keeps the first branches from filling the engine, where that is the money that is held for them."""
+        free = self.engine.info.concurrency - len(self.flights)
+        waiting = [job for job in self._parked if job.pending and not self.steering.too_far_ahead(job)]
+        if free <= 0 or not waiting or not self.flights:
+            return ""
+        if len(self.flights) >= sum(len(job.pending) for job in waiting):
+            return ""  # most of what is wanted runs
+        account = waiting[0].account
+        pending = sum(len(job.pending) for job in waiting if job.account is account)
+        return self.cashier.crowding(waiting[0], len(self.flights), account.flights + min(pending, free))
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
