@@ -340,7 +340,8 @@ def _show_frontier(
         )
     for name, grown in result["exponents"].items():
         words = [
-            "{} x{:.2f} [{:.2f}, {:.2f}]".format(g["resource"], g["per_doubling"], *g["per_doubling_ci95"])
+            f"{g['resource']} x{g['per_doubling']:.2f}"
+            + (" [{:.2f}, {:.2f}]".format(*g["per_doubling_ci95"]) if g["per_doubling_ci95"] else "")
             for g in grown
         ]
         if words:

@@ -79,18 +79,20 @@ class Live:
             self.console.print(f"{status.done}/{status.problems} problems  {self._facts(status)}")
 
     def _facts(self, status: Status) -> str:
+        from ttc.costmodel.intervals import proportion
         from ttc.pricing import spent_in
-        from ttc.summary import wilson
 
         unit = self.budget.unit
         whole = self.budget.amount * (status.problems if self.budget.scope == "problem" else 1)
         spent = spent_in(unit, status.charge) if unit != "seconds" else status.seconds
         spent += status.running_tokens if unit == "tokens" else 0
         tokens = status.charge.tokens - status.replayed_tokens + status.running_tokens
-        low, high = wilson(status.correct, status.scored)
+        reached = proportion(status.correct, status.scored)
         parts = [
             f"{_without_unit(format_amount(spent, unit), unit)} of {format_amount(whole, unit)}",
-            f"{status.correct / status.scored:.1%} right ({low:.0%} to {high:.0%})" if status.scored else "",
+            f"{status.correct / status.scored:.1%} right ({reached.low:.0%} to {reached.high:.0%})"
+            if status.scored
+            else "",
             self._left(status),
             f"{tokens / status.seconds:,.0f} tok/s" if status.seconds else "",
             f"{status.running} running" if self.console.width >= _WIDE else "",

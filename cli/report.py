@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ttc.errors import InputError
+
+if TYPE_CHECKING:
+    from ttc.costmodel.intervals import Estimate
 
 
 def report(
@@ -21,8 +24,14 @@ def report(
 ) -> None:
     """Show, per problem, the tree of what was bought, what each branch said, and why it stopped."""
     told = read(run, problem)
+    reached = _accuracy(told)
     if as_json:
-        print(json.dumps({"run": str(run), "problems": told}))
+        about = reached and {
+            "accuracy": reached.mean,
+            "accuracy_ci95": reached.interval,
+            "scored": reached.problems,
+        }
+        print(json.dumps({"run": str(run), "problems": told} | (about or {})))
         return
     from rich.markup import escape
     from rich.tree import Tree
@@ -46,6 +55,18 @@ def report(
         if each["error"]:
             tree.add(escape(f"failed: {each['error']}"))
         console.print(tree)
+    if reached and len(told) > 1:
+        console.print(
+            f"accuracy {reached.mean:.1%} of {reached.problems} judged problems "
+            f"(95 % interval {reached.low:.1%} to {reached.high:.1%})"
+        )
+
+
+def _accuracy(told: Sequence[Mapping[str, Any]]) -> Estimate | None:
+    from ttc.costmodel.intervals import proportion
+
+    judged = [each["correct"] for each in told if each["correct"] is not None]
+    return proportion(sum(judged), len(judged)) if judged else None
 
 
 def read(run: Path, problem: str | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Accuracy from recorded branches: coverage and vote curves, with intervals over problems.
+"""Accuracy from recorded branches: coverage and vote curves (their intervals: ``ttc.costmodel.intervals``).
 
 Sources: the unbiased coverage 1 - C(S-c, K)/C(S, K) of Brown et al. (arXiv 2407.21787), as used by
 Kinetics for Best-of-N.
@@ -7,23 +7,13 @@ Kinetics for Best-of-N.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ttc.costmodel.records import Floats, Ints, Pool
 from ttc.errors import InputError
-
-
-class Estimate(NamedTuple):
-    """A mean over problems with its 95 % interval (percentile bootstrap over problems)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def coverage(correct: NDArray[np.int64] | int, samples: int, draws: int) -> Floats:
@@ -40,8 +30,8 @@ def coverage(correct: NDArray[np.int64] | int, samples: int, draws: int) -> Floa
     return np.asarray(1.0 - np.prod(missing, axis=1))
 
 
-def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
-    """P(the majority of ``draws`` branches, drawn without replacement, is the gold answer, code 0); -1
+def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0, right: int = 1) -> float:
+    """P(the majority of ``draws`` branches, drawn without replacement, is right: a code below ``right``); -1
     abstains.
 
     Ties count as their fair share. Averages over ``rounds`` seeded draws; exact for draws = 1 and for all
@@ -50,7 +40,7 @@ def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
     if not 1 <= draws <= codes.size:
         raise InputError(f"vote of {draws} of {codes.size} samples; draw between 1 and {codes.size}")
     if draws == 1:
-        return float(np.mean(codes == 0))
+        return float(np.mean((codes >= 0) & (codes < right)))
     classes = int(codes.max()) + 1
     if classes <= 0:
         return 0.0
@@ -64,7 +54,8 @@ def vote(codes: Ints, draws: int, *, rounds: int = 200, seed: int = 0) -> float:
     counts = np.bincount(flat, minlength=rows * (classes + 1)).reshape(rows, classes + 1)[:, :classes]
     top = counts.max(axis=1)
     leaders = (counts == top[:, None]).sum(axis=1)
-    return float(np.mean(np.where((counts[:, 0] == top) & (top > 0), 1.0 / leaders, 0.0)))
+    good = (counts[:, :right] == top[:, None]).sum(axis=1)
+    return float(np.mean(np.where(top > 0, good / leaders, 0.0)))
 
 
 @lru_cache(maxsize=64)
@@ -91,24 +82,3 @@ def pool_accuracy(
         else:
             scores.append(vote(codes, samples, rounds=rounds, seed=0))
     return np.array(scores)
-
-
-def bootstrap(
-    per_problem: Floats,
-    statistic: Callable[[Floats], float] | None = None,
-    *,
-    rounds: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """The mean over problems (or ``statistic`` of them) with its 95 % percentile interval over resampled
-    problems."""
-    n = per_problem.shape[0]
-    picks = np.random.default_rng(seed).integers(0, n, (rounds, n))
-    if statistic is None:
-        draws = per_problem[picks].mean(axis=1)
-        centre = float(per_problem.mean())
-    else:
-        draws = np.array([statistic(per_problem[p]) for p in picks])
-        centre = statistic(per_problem)
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Estimate(centre, float(low), float(high))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ttc.costmodel.accuracy import Estimate
+from ttc.costmodel.intervals import Estimate, resampled
 from ttc.costmodel.points import Point, Tariff
-from ttc.costmodel.records import Floats
 
 GAIN = 0.01  # the least step in accuracy that starts a new stretch of a band
 Axis = Callable[[Point], float]
@@ -36,7 +36,7 @@ class Band:
 @dataclass(frozen=True, slots=True)
 class Growth:
     """How a resource grows along a frontier: x ∝ cost^exponent, so ``per_doubling`` = 2^exponent; None
-    where it is moot."""
+    where it is moot. The interval is NaN where the points don't know their problems."""
 
     resource: str
     exponent: Estimate
@@ -44,7 +44,8 @@ class Growth:
 
     @property
     def per_doubling(self) -> Estimate:
-        return Estimate(*(2.0**e for e in self.exponent))
+        mean, low, high, problems = self.exponent
+        return Estimate(2.0**mean, 2.0**low, 2.0**high, problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +158,9 @@ RESOURCES: dict[str, Callable[[Point], float | None]] = {
 def growth(points: Sequence[Point], cost: Axis, *, rounds: int = 200, seed: int = 0) -> list[Growth]:
     """Exponents of tokens, samples, chain length and KV budget against cost along the frontier of ``points``.
 
-    A least-squares line through log resource over log cost. Intervals (95 %) resample the problems and
-    draw the frontier anew where every point knows its problems; else they are the line's own standard
-    error (± 1.96 s.e.), which says only how straight it is. Fit within one model: across models the line
-    mixes sizes.
+    A least-squares line through log resource over log cost. Intervals (95 %) resample the problems, their
+    accuracies and their costs, and draw the frontier anew; points that don't know their problems have none.
+    Fit within one model: across models the line mixes sizes.
     """
     known = [p for p in points if p.accuracy is not None]
     front = pareto(known, cost)
@@ -169,18 +169,15 @@ def growth(points: Sequence[Point], cost: Axis, *, rounds: int = 200, seed: int 
         line = _line(front, cost, resource)
         if line is None:
             continue
-        slope, error, used = line
-        low, high = slope - 1.96 * error, slope + 1.96 * error
-        resampled = _resampled(known, cost, resource, rounds, seed)
-        if resampled is not None:
-            low, high = resampled
-        found.append(Growth(name, Estimate(slope, low, high), used))
+        slope, used = line
+        bounds = _bounds(known, cost, resource, rounds, seed)
+        found.append(Growth(name, Estimate(slope, *(bounds or (math.nan, math.nan, 0))), used))
     return found
 
 
 def _line(
     front: Sequence[Point], cost: Axis, resource: Callable[[Point], float | None]
-) -> tuple[float, float, int] | None:
+) -> tuple[float, int] | None:
     pairs = [(cost(p), r) for p in front if (r := resource(p)) is not None]
     if len(pairs) < 3:
         return None
@@ -190,35 +187,40 @@ def _line(
         return None
     if np.ptp(y) == 0:
         return None  # constant by construction: nothing grew
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread)
-    residual = y - y.mean() - slope * (x - x.mean())
-    return slope, math.sqrt(float((residual**2).sum()) / (len(pairs) - 2) / spread), len(pairs)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / spread), len(pairs)
 
 
-def _resampled(
+def _bounds(
     points: Sequence[Point], cost: Axis, resource: Callable[[Point], float | None], rounds: int, seed: int
-) -> tuple[float, float] | None:
-    """Percentiles of the slope over bootstrap resamples of the problems."""
-    if any(p.per_problem is None for p in points) or len({p.task for p in points}) > 1:
+) -> tuple[float, float, int] | None:
+    """The slope's interval over resampled problems and their number; None if a point does not know its problems."""
+    if (
+        any(p.per_problem is None or p.problem_price is None for p in points)
+        or len({p.task for p in points}) > 1
+    ):
         return None
-    matrix = np.stack([p.per_problem for p in points if p.per_problem is not None])
-    costs = np.array([cost(p) for p in points])
-    values: Floats = np.array([np.nan if (r := resource(p)) is None else r for p in points])
-    order = np.lexsort((-matrix.mean(axis=1), costs))
-    rng = np.random.default_rng(seed)
-    slopes = []
-    for _ in range(rounds):
-        accuracy = matrix[:, rng.integers(0, matrix.shape[1], matrix.shape[1])].mean(axis=1)[order]
-        best = np.maximum.accumulate(accuracy)
-        on_front = order[np.append(True, accuracy[1:] > best[:-1])]
-        x, y = np.log(costs[on_front]), np.log(values[on_front])
+    accuracies = np.stack([p.per_problem for p in points if p.per_problem is not None])
+    count = accuracies.shape[1]
+    alone = [
+        [replace(p, price=p.problem_price.of(i)) for i in range(count)] for p in points if p.problem_price
+    ]
+    costs = np.array([[cost(p) for p in row] for row in alone])
+    values = np.array([[np.nan if (r := resource(p)) is None else r for p in row] for row in alone])
+
+    def slope(picks: NDArray[np.int64]) -> float:
+        means = (each[:, picks].mean(axis=1) for each in (costs, values, accuracies))
+        spent, used, accuracy = means
+        order = np.lexsort((-accuracy, spent))
+        best = np.maximum.accumulate(accuracy[order])
+        on_front = order[np.append(True, accuracy[order][1:] > best[:-1])]
+        x, y = np.log(spent[on_front]), np.log(used[on_front])
         keep = np.isfinite(y)
-        if keep.sum() >= 3 and np.ptp(x[keep]) > 0:
-            slopes.append(float(np.polyfit(x[keep], y[keep], 1)[0]))
-    if len(slopes) < rounds // 2:
-        return None
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    return float(low), float(high)
+        if keep.sum() < 3 or np.ptp(x[keep]) == 0:
+            return math.nan
+        return float(np.polyfit(x[keep], y[keep], 1)[0])
+
+    found = resampled(slope, count, rounds=rounds, seed=seed)
+    return found and (*found, count)
 
 
 def kv_savings(points: Sequence[Point], cost: Axis) -> list[dict[str, Any]]:
@@ -257,9 +259,10 @@ def report(
             {
                 "resource": g.resource,
                 "exponent": g.exponent.mean,
-                "exponent_ci95": [g.exponent.low, g.exponent.high],
+                "exponent_ci95": g.exponent.interval,
                 "per_doubling": g.per_doubling.mean,
-                "per_doubling_ci95": [g.per_doubling.low, g.per_doubling.high],
+                "per_doubling_ci95": g.per_doubling.interval,
+                "problems": g.exponent.problems,
                 "points": g.points,
             }
             for g in growth([p for p in points if p.model == m and p.per_problem is not None], cost)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttc.costmodel.accuracy import Estimate, bootstrap, pool_accuracy
+from ttc.costmodel import intervals
+from ttc.costmodel.accuracy import pool_accuracy
 from ttc.costmodel.costs import KINETICS_INTENSITY, Cost, full, kinetics
 from ttc.costmodel.hardware import Hardware
+from ttc.costmodel.intervals import Estimate
 from ttc.costmodel.records import Curve, Floats, Pool, Replayed
 from ttc.costmodel.shapes import ModelShape
 from ttc.errors import InputError
@@ -86,6 +88,16 @@ class Price:
 
         mean_s, mean_tokens = float(np.mean(self.seconds)), float(np.mean(self.tokens))
         return Price(over(self.kinetics), over(self.full), mean_s, mean_tokens)
+
+    def of(self, problem: int) -> Price:
+        """One entry of arrays."""
+
+        def one(cost: Cost) -> Cost:
+            return Cost(float(cost.flops[problem]), float(cost.bytes[problem]))
+
+        return Price(
+            one(self.kinetics), one(self.full), float(self.seconds[problem]), float(self.tokens[problem])
+        )
 
     def amount(self, unit: str, tariff: Tariff, convention: str = "full") -> Any:
         """In a budget's unit: tokens, eflops, flops, seconds or dollars. Raises InputError for an unpriced
@@ -164,7 +176,8 @@ class Point:
             "effort": self.effort,
             "policy": self.policy or None,
             "accuracy": self.accuracy.mean if self.accuracy else None,
-            "accuracy_ci95": _interval(self.accuracy),
+            "accuracy_ci95": self.accuracy.interval if self.accuracy else None,
+            "problems": self.accuracy.problems if self.accuracy else 0,
             "tokens": float(self.price.tokens),
             "eflops": float(self.price.full.eflops(tariff.intensity)),
             "eflops_kinetics": float(self.price.kinetics.eflops(tariff.intensity)),
@@ -175,12 +188,6 @@ class Point:
             "note": self.note,
             "label": self.label(),
         }
-
-
-def _interval(estimate: Estimate | None) -> list[float] | None:
-    if estimate is None or math.isnan(estimate.low):
-        return None
-    return [estimate.low, estimate.high]
 
 
 def _k(tokens: float) -> str:
@@ -223,7 +230,7 @@ def pool_points(
                     kv_budget=pool.kv_budget,
                     price=each.mean(),
                     peak=tariff.price(shape, longest, n, pool.kv_budget),
-                    accuracy=bootstrap(per_problem),
+                    accuracy=intervals.mean(per_problem),
                     task=pool.task,
                     effort=pool.effort,
                     source=f"{pool.name}: {len(pool.problems)} problems x {pool.samples} branches",
@@ -323,7 +330,7 @@ def replayed_point(
         kv_budget=None,
         price=shared,
         peak=None,
-        accuracy=Estimate(replayed.accuracy, replayed.low, replayed.high),
+        accuracy=Estimate(replayed.accuracy, replayed.low, replayed.high, replayed.problems),
         task=replayed.task,
         source=replayed.source,
         note=f"E[L²]/E[L]² {ratio:.2f} as in a pool of this task"

@@ -193,6 +193,7 @@ def _replayed(data: Mapping[str, Any], name: str) -> Replayed:
         accuracy,
         low,
         high,
+        int(data["problems"]) if isinstance(data.get("problems"), int) else 0,
         source,
     )
 

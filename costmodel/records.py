@@ -104,6 +104,7 @@ class Replayed:
     accuracy: float
     low: float
     high: float
+    problems: int
     source: str
 
 

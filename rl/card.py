@@ -15,6 +15,9 @@ import ttc.nano
 from ttc.rl import heldout, tokenizer
 from ttc.rl.model import CONTEXT_TOKENS, load
 
+SCORE, BOOTSTRAP = "score intervals (`ttc.costmodel.intervals`)", "percentile bootstrap intervals"
+"""How a card's intervals were made; cards that don't say so have the bootstrap's, which are too narrow near 0 and 100 %."""
+
 ANSWER_TOKENS = 18  # countdown's expressions of four numbers
 SUBJECTS = {
     "sums": "sums and differences of 2 to 12 terms",
@@ -119,7 +122,8 @@ def reward_readme(info: Mapping[str, Any]) -> str:
             "## Held-out results",
             "",
             f"{rows[0]['problems']} problems a row × {k} samples × {rows[0]['seeds']} seeds at temperature 1; percent with 95 %",
-            "bootstrap intervals over problems. AUC: chance that a right chain scores above a wrong one, over all chains, and",
+            f"{' or '.join(sorted({row.get('intervals', BOOTSTRAP) for row in rows}))} over problems. AUC: chance that a",
+            "right chain scores above a wrong one, over all chains (its interval: percentile bootstrap), and",
             f"within one problem (what choosing between samples needs). Best: the highest of {k} scores; weighted: the answer",
             "with the largest sum of scores.",
             "",
@@ -127,7 +131,7 @@ def reward_readme(info: Mapping[str, Any]) -> str:
             "|" + " --- |" * len(heads),
         ]
         for row in rows:
-            cells = [row["reasoner"], short(row["task"]), *(_percent(row[name]) for name in names)]
+            cells = [row["reasoner"], short(row["task"]), *(percent(row[name]) for name in names)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -177,7 +181,8 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         "## Held-out results",
         "",
         f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: temperature 1, in vLLM; reasoning-gym's generator (items",
-        f"{evaluation['seed']} on) and scorer; percent, with 95 % bootstrap intervals over problems. A row has as many samples a",
+        f"{evaluation['seed']} on) and scorer; percent, with 95 % {evaluation.get('intervals', BOOTSTRAP)} over",
+        "problems. A row has as many samples a",
         "problem as it says, over three seeds; k is what coverage and vote are of.",
         "",
         "| task | problems × samples | k | pass@1 | coverage@k | majority@k | thinking tokens: median, 99th percentile |",
@@ -185,7 +190,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
     ]
     for row in rows:
         k = next(key for key in row if key.startswith("coverage@")).removeprefix("coverage@")
-        figures = " | ".join(_percent(row[key]) for key in ("pass@1", f"coverage@{k}", f"majority@{k}"))
+        figures = " | ".join(percent(row[key]) for key in ("pass@1", f"coverage@{k}", f"majority@{k}"))
         length = row["thinking_tokens"]
         tail = f"{length['median']:.0f}, {length['p99']:.0f}"
         lines.append(
@@ -198,7 +203,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
             "",
             "| k | coverage@k | majority@k |",
             "| --- | --- | --- |",
-            *(f"| {row['k']} | {_percent(row['coverage'])} | {_percent(row['majority'])} |" for row in curve),
+            *(f"| {row['k']} | {percent(row['coverage'])} | {percent(row['majority'])} |" for row in curve),
         ]
     for task, table in evaluation.get("forced_close", {}).items():
         vote = next(key for key in table[0] if key.startswith("majority@"))
@@ -211,7 +216,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
             "| --- | --- | --- | --- | --- |",
         ]
         for row in table:
-            figures = " | ".join(_percent(row[key]) for key in ("pass@1", vote, "last_total"))
+            figures = " | ".join(percent(row[key]) for key in ("pass@1", vote, "last_total"))
             lines.append(f"| {row['budget']} | {row['cut']:.0%} | {figures} |")
     for task, table in evaluation.get("triggers", {}).items():
         lines += [
@@ -221,7 +226,7 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
             "| trigger | k | pass@1 | hard half | gain over k = 0, points | thinking tokens, mean |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
-                f"| {r['trigger']} | {r['k']} | {_percent(r['pass@1'])} | {_percent(r['hard half'])} | {_percent(r['gain'])} | "
+                f"| {r['trigger']} | {r['k']} | {percent(r['pass@1'])} | {percent(r['hard half'])} | {_gain(r)} | "
                 f"{r['thinking_tokens']:.0f} |"
                 for r in table
             ),
@@ -239,10 +244,15 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
 
 
 def _effort_row(row: Mapping[str, Any]) -> str:
-    return f"| {row['effort']} | {_percent(row['pass@1'])} | {row['thinking_tokens']['mean']:.0f} |"
+    return f"| {row['effort']} | {percent(row['pass@1'])} | {row['thinking_tokens']['mean']:.0f} |"
 
 
-def _percent(value: Mapping[str, Any]) -> str:
+def _gain(row: Mapping[str, Any]) -> str:
+    return percent(row["gain"]) if "gain" in row else ""  # of what is compared with itself there is none
+
+
+def percent(value: Mapping[str, Any]) -> str:
+    """``61.9 [58.3, 65.2]``."""
     low, high = value["ci95"]
     return f"{100 * value['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 

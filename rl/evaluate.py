@@ -1,18 +1,16 @@
 """Measure a nano reasoner on held-out problems and refresh its card: ``python -m ttc.rl.evaluate --model
 nano-s``.
 
-Problems, prompts and verdicts are reasoning-gym's own; the samples are vLLM's. Every figure carries a 95 % interval: bootstrap
-over problems, which are the independent draws (samples of one problem are not). Majority ties count by their
-chance under a fair coin.
+Problems, prompts and verdicts are reasoning-gym's own; the samples are vLLM's. Every figure carries a 95 % interval over
+problems, which are the independent draws (samples of one problem are not): ``ttc.costmodel.intervals``. Majority ties count by
+their chance under a fair coin.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Any
 import numpy as np
 
 import ttc.nano
+from ttc.costmodel import accuracy, intervals
+from ttc.costmodel.intervals import Estimate
 from ttc.rg_tasks import grade
 from ttc.rl import card, heldout, tokenizer
 from ttc.rl.generate import Sampler, VllmSampler
@@ -28,7 +28,6 @@ from ttc.rl.generate import Sampler, VllmSampler
 MAX_THINKING_TOKENS = 1024
 LONG_THINKING_TOKENS = 2600
 ANSWER_TOKENS = card.ANSWER_TOKENS
-RESAMPLES = 2000
 SEEDS = (0, 1, 2)
 THINK_CLOSE = tokenizer.ID[tokenizer.THINK_CLOSE]
 FULL_STOP = tokenizer.ID["."]
@@ -119,37 +118,41 @@ def _before(new: list[int]) -> list[int]:
 
 
 def coverage(answers: Answers, votes: int) -> np.ndarray:
-    """(P,) chance that one of ``votes`` samples is right, without bias from the S drawn: 1 − C(S−c, k) / C(S, k) with c
-    right ones (Chen et al. 2021, arXiv:2107.03374, Eq. 1)."""
-    drawn = answers.right.shape[1]
-    return np.array(
-        [1 - math.comb(drawn - int(c), votes) / math.comb(drawn, votes) for c in answers.right.sum(1)]
-    )
+    """(P,) chance that one of ``votes`` samples is right, without bias from the number drawn."""
+    return accuracy.coverage(answers.right.sum(1), answers.right.shape[1], votes)
 
 
 def majority(answers: Answers, votes: int) -> np.ndarray:
-    """(P,) chance that the most frequent of ``votes`` answers is right, over the disjoint blocks of that many samples; empty
-    answers do not vote."""
-    starts = range(0, answers.right.shape[1] - votes + 1, votes)
-    return np.mean([_majority(answers, start, votes) for start in starts], axis=0)  # type: ignore[no-any-return]
+    """(P,) chance that the most frequent of ``votes`` answers is right, over samples drawn without replacement; empty answers do
+    not vote, and each text votes for itself where several are right."""
+    coded = [_codes(row, right) for row, right in zip(answers.answers, answers.right, strict=True)]
+    return np.array([accuracy.vote(codes, votes, right=good) for codes, good in coded])
 
 
-def _majority(answers: Answers, start: int, votes: int) -> np.ndarray:
-    out = []
-    for row, right in zip(answers.answers, answers.right, strict=True):
-        counts = Counter(answer for answer in row[start : start + votes] if answer)
-        most = max(counts.values(), default=0)
-        winners = [answer for answer in counts if counts[answer] == most]
-        good = {answer for answer, ok in zip(row, right, strict=True) if ok}
-        out.append(sum(answer in good for answer in winners) / max(1, len(winners)))
-    return np.array(out)
+def _codes(row: Sequence[str], right: np.ndarray) -> tuple[np.ndarray, int]:
+    """Each answer as an integer and how many of these, from 0 on, are right ones; -1 is no answer."""
+    good = sorted({answer for answer, ok in zip(row, right, strict=True) if ok and answer})
+    place = {answer: code for code, answer in enumerate([*good, *sorted(set(row) - set(good) - {""})])}
+    return np.array([place.get(answer, -1) for answer in row]), len(good)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Mean of per-problem values (P,) and its 95 % bootstrap interval over problems."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return {"mean": round(float(values.mean()), 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
+def interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean of per-problem values (P,) in [0, 1] and its 95 % interval over problems."""
+    return shown(intervals.mean(values))
+
+
+def gain(differences: np.ndarray) -> dict[str, Any]:
+    """Mean of per-problem differences (P,) and its 95 % interval, paired by problem."""
+    return shown(intervals.paired(differences))
+
+
+def shown(estimate: Estimate) -> dict[str, Any]:
+    """As it stands in a card."""
+    return {
+        "mean": round(estimate.mean, 4),
+        "ci95": [round(estimate.low, 4), round(estimate.high, 4)],
+        "problems": estimate.problems,
+    }
 
 
 def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def summary(answers: Answers, votes: int = 8) -> dict[str, Any]:
         "pass@1": interval(answers.right.mean(1)),
         f"coverage@{votes}": interval(coverage(answers, votes)),
         f"majority@{votes}": interval(majority(answers, votes)),
-        "gain": interval(majority(answers, votes) - answers.right.mean(1)),
+        **({"gain": gain(majority(answers, votes) - answers.right.mean(1))} if votes > 2 else {}),
         "thinking_tokens": {
             "median": float(np.median(answers.thinking)),
             "mean": round(float(answers.thinking.mean()), 1),
@@ -284,7 +287,7 @@ def triggers(
                     "k": k,
                     "pass@1": interval(right),
                     "hard half": interval(right[hard]),
-                    "gain": interval(right - first),
+                    **({"gain": gain(right - first)} if k else {}),
                     "thinking_tokens": round(float(answers.thinking.mean()), 1),
                 }
             )
@@ -322,7 +325,8 @@ def evaluate(
     vote go up to ``curve`` samples on half the problems of the demo, and to 16 on one task of each short family. Triggers are
     measured on every short task, forced closes on the demo, products and long sums.
     """
-    found: dict[str, Any] = {"seed": heldout.EVAL_SEED, "by_difficulty": []} | dict(known or {})
+    fresh: dict[str, Any] = {"seed": heldout.EVAL_SEED, "intervals": card.SCORE, "by_difficulty": []}
+    found = dict(known) if known else fresh
     rows, long = found["by_difficulty"], heldout.GRADED["long"]
     for task in tasks:
         if all(row["task"] != task for row in rows):

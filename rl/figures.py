@@ -24,12 +24,6 @@ def cards() -> dict[str, dict[str, Any]]:
     return {name: info for name, info in found.items() if info["evaluation"]}
 
 
-def cell(value: Mapping[str, Any]) -> str:
-    """``61.9 [58.3, 65.2]``, in percent."""
-    low, high = value["ci95"]
-    return f"{100 * value['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def training(found: Cards) -> list[str]:
     """Size, tokens, minutes and loss of each."""
     lines = [
@@ -51,7 +45,7 @@ def by_size(found: Cards) -> list[str]:
         cells = []
         for info in found.values():
             row = next((row for row in info["evaluation"]["by_difficulty"] if row["task"] == task), None)
-            cells.append(cell(row["pass@1"]) if row else "")
+            cells.append(card.percent(row["pass@1"]) if row else "")
         lines.append(f"| {card.short(task)} | {' | '.join(cells)} |")
     return lines
 
@@ -65,8 +59,10 @@ def by_triggers(found: Cards) -> list[str]:
     for name, info in found.items():
         for task, rows in info["evaluation"]["triggers"].items():
             first = [row for row in rows if row["trigger"] == rows[0]["trigger"]]
-            cells = [cell(row["hard half"]) for row in first]
-            lines.append(f"| {name} | {card.short(task)} | {' | '.join(cells)} | {cell(first[-1]['gain'])} |")
+            cells = [card.percent(row["hard half"]) for row in first]
+            lines.append(
+                f"| {name} | {card.short(task)} | {' | '.join(cells)} | {card.percent(first[-1]['gain'])} |"
+            )
     return lines
 
 
@@ -81,7 +77,13 @@ def by_samples(found: Cards) -> list[str]:
             at = {row["k"]: row for row in rows}
             one, many = at[1]["coverage"], at[16]
             gains = [f"{100 * (many[what]['mean'] - one['mean']):+.1f}" for what in ("majority", "coverage")]
-            cells = [cell(one), cell(many["majority"]), gains[0], cell(many["coverage"]), gains[1]]
+            cells = [
+                card.percent(one),
+                card.percent(many["majority"]),
+                gains[0],
+                card.percent(many["coverage"]),
+                gains[1],
+            ]
             lines.append(f"| {name} | {card.short(task)} | {' | '.join(cells)} |")
     return lines
 
@@ -99,7 +101,7 @@ def by_length(found: Cards) -> list[str]:
             f"| model | {' | '.join(map(str, budgets))} |",
             "|" + " --- |" * (len(budgets) + 1),
             *(
-                f"| {name} | {' | '.join(cell(row['pass@1']) for row in rows)} |"
+                f"| {name} | {' | '.join(card.percent(row['pass@1']) for row in rows)} |"
                 for name, rows in tables.items()
             ),
         ]

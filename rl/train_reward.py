@@ -8,6 +8,7 @@ process models (its PRMTrainer is gone), so that one has a loop of its own here,
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 
 import ttc.nano
+from ttc.costmodel.intervals import Estimate, resampled
 from ttc.errors import InputError
 from ttc.rl import card, heldout, tokenizer
-from ttc.rl.evaluate import Answers, Bench, coverage, interval, majority
+from ttc.rl.evaluate import Answers, Bench, coverage, gain, interval, majority, shown
 from ttc.rl.generate import Sampler, VllmSampler
 from ttc.rl.model import load, size_config, use_half
 from ttc.rl.reasoner import optimizers
@@ -299,7 +301,7 @@ def measure(
     seeds: Sequence[int] = (0, 1, 2),
 ) -> list[dict[str, Any]]:
     """One row a reward model: AUC of right against wrong chains, and best-of-``samples`` against the vote, on ``n`` held-out
-    problems, each drawn anew for every seed. All intervals: bootstrap over problems."""
+    problems, each drawn anew for every seed. All intervals are over problems."""
     right_of: list[np.ndarray] = []
     votes: list[np.ndarray] = []
     found: list[tuple[list[Chain], Answers]] = []
@@ -328,6 +330,7 @@ def measure(
                 "problems": n,
                 "samples": samples,
                 "seeds": len(seeds),
+                "intervals": card.SCORE,
                 "auc": _auc_interval(scores, right),
                 "auc_within": _within(scores, right),
                 "pass@1": interval(right.mean(1)),
@@ -335,8 +338,8 @@ def measure(
                 f"majority@{samples}": interval(vote),
                 f"best@{samples}": interval(best),
                 f"weighted@{samples}": interval(weighted),
-                "best - majority": interval(best - vote),
-                "weighted - majority": interval(weighted - vote),
+                "best - majority": gain(best - vote),
+                "weighted - majority": gain(weighted - vote),
             }
         )
     return rows
@@ -362,16 +365,14 @@ def _weighted(reward: NanoReward, scores: np.ndarray, answers: Answers) -> np.nd
     return np.array(out)
 
 
-def _auc_interval(scores: np.ndarray, right: np.ndarray, resamples: int = 500) -> dict[str, Any]:
+def _auc_interval(scores: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     """AUC over all chains, with a bootstrap over problems (rows)."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(resamples):
-        rows = rng.integers(0, len(scores), len(scores))
-        draws.append(auc(scores[rows].ravel(), right[rows].ravel()))
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    mean = auc(scores.ravel(), right.ravel())
-    return {"mean": round(mean, 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
+
+    def of(rows: np.ndarray) -> float:
+        return auc(scores[rows].ravel(), right[rows].ravel())
+
+    low, high = resampled(of, len(scores), rounds=500) or (math.nan, math.nan)
+    return shown(Estimate(of(np.arange(len(scores))), low, high, len(scores)))
 
 
 def _within(scores: np.ndarray, right: np.ndarray) -> dict[str, Any]:

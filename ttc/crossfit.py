@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttc.costmodel.accuracy import Estimate, bootstrap
+from ttc.costmodel import intervals
+from ttc.costmodel.intervals import Estimate
 from ttc.costmodel.records import Pool
 from ttc.jobs import Policy
 from ttc.policies import Adaptive, describe, parse
 from ttc.policies.posterior import fit
 from ttc.simulate import Replay, load, replay
-from ttc.sweep import budgets, draw
+from ttc.sweep import budgets, draw, gap
 
 PRICES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.1, 0.15)
 WIDTHS = (1, 2, 4, 8)
@@ -52,7 +53,7 @@ class Row(NamedTuple):
     low: float
     high: float
     shuffle_se: float
-    against_sc: Estimate
+    against_sc: Estimate | None
     tokens: float
     sequential: float
     probes: float
@@ -60,9 +61,11 @@ class Row(NamedTuple):
 
 
 def row(pool: str, name: str, run: Replay, reference: Replay) -> Row:
-    """``against_sc``: the difference to ``reference``, paired by problem, with its 95 % interval."""
-    own, gap = run.right.mean(axis=0), run.right.mean(axis=0) - reference.right.mean(axis=0)
-    about, paired = bootstrap(own), bootstrap(gap)
+    """``against_sc``: the difference to ``reference``, paired by problem, with its 95 % interval; None for itself."""
+    own = run.right.mean(axis=0)
+    about, paired = intervals.mean(own), None
+    if run is not reference:
+        paired = intervals.paired(own - reference.right.mean(axis=0))
     return Row(
         pool, name, about.mean, about.low, about.high, float(run.right.mean(axis=1).std() / len(run.right) ** 0.5), paired,
         float(run.tokens.mean()), float(run.chain.mean()), float(run.probes.mean()), float(run.samples.mean()),
@@ -219,10 +222,10 @@ def _short(policy: Policy) -> str:
 
 
 def text(r: Row) -> str:
-    mean, low, high = r.against_sc
+    against = "" if r.against_sc is None else gap(r.against_sc)
     return (
         f"| {r.pool} | {r.policy} | {100 * r.accuracy:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f}) ±{100 * r.shuffle_se:.2f} | "
-        f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) | {r.tokens / 1e3:.1f}k | {r.sequential / 1e3:.1f}k | "
+        f"{against} | {r.tokens / 1e3:.1f}k | {r.sequential / 1e3:.1f}k | "
         f"{r.probes:.0f} | {r.samples:.2f} |"
     )
 

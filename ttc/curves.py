@@ -18,7 +18,8 @@ class Gain(NamedTuple):
 
 
 class VotePoint(NamedTuple):
-    """Accuracy of the majority of ``votes`` samples with its 95 % interval; ``gain`` over one sample, paired by problem."""
+    """Accuracy of the majority of ``votes`` samples with its 95 % interval; ``gain`` over one sample, paired by problem (of one
+    sample over itself: none)."""
 
     votes: int
     accuracy: float
@@ -31,7 +32,8 @@ def vote_curve(results: Sequence[Result], sizes: Sequence[int], *, seed: int = 0
     """One point per size that every scored problem has branches for, the same samples at every size."""
     import numpy as np
 
-    from ttc.costmodel.accuracy import bootstrap, vote
+    from ttc.costmodel import intervals
+    from ttc.costmodel.accuracy import vote
 
     codes = [_codes(result) for result in results if result.verdict is not None]
     if not codes:
@@ -42,8 +44,9 @@ def vote_curve(results: Sequence[Result], sizes: Sequence[int], *, seed: int = 0
         rows[size] = np.array([vote(np.array(c), size, seed=seed + i) for i, c in enumerate(codes)])
     points = []
     for size, row in rows.items():
-        estimate, gain = bootstrap(row), bootstrap(row - rows[min(rows)])
-        points.append(VotePoint(size, estimate.mean, estimate.low, estimate.high, Gain(*gain)))
+        estimate, first = intervals.mean(row), rows[min(rows)]
+        gain = Gain(0.0, 0.0, 0.0) if row is first else Gain(*intervals.paired(row - first)[:3])
+        points.append(VotePoint(size, estimate.mean, estimate.low, estimate.high, gain))
     return points
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttc.budget import Budget
-from ttc.costmodel.accuracy import bootstrap
+from ttc.costmodel import intervals
 from ttc.costmodel.ledgers import pool_of_run
 from ttc.costmodel.pools import read
 from ttc.costmodel.records import Pool
@@ -48,12 +48,12 @@ class Replay:
     answered: int
 
     def summary(self) -> dict[str, Any]:
-        """The object of ``ttc simulate --json``. ``accuracy_ci95`` is over problems (bootstrap), ``accuracy_shuffle_se``
-        the standard error of the accuracy over shuffles."""
-        estimate = bootstrap(self.right.mean(axis=0))
+        """The object of ``ttc simulate --json``. ``accuracy_ci95`` is over problems, ``accuracy_shuffle_se`` the
+        standard error of the mean over shuffles."""
+        estimate = intervals.mean(self.right.mean(axis=0))
         return {
             "accuracy": float(self.right.mean()),
-            "accuracy_ci95": [estimate.low, estimate.high],
+            "accuracy_ci95": estimate.interval,
             "accuracy_shuffle_se": float(self.right.mean(axis=1).std() / max(len(self.right), 2) ** 0.5),
             "tokens_per_problem": float(self.tokens.mean()),
             "sequential_tokens_per_problem": float(self.chain.mean()),

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ttc.budget import Budget
-from ttc.types import Charge, Interval, Result
+from ttc.costmodel.intervals import proportion
+from ttc.types import Charge, Result
 
 if TYPE_CHECKING:
     from ttc.jobs import Status
-
-Z95 = 1.959963984540054
-
-
-def wilson(right: int, count: int) -> Interval:
-    """Wilson's score interval for a proportion, 95 % (Wilson 1927); (0, 1) without observations."""
-    if count == 0:
-        return Interval(0.0, 1.0)
-    p, z2 = right / count, Z95 * Z95
-    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
-    low = 0.0 if right == 0 else max(0.0, centre - half)
-    return Interval(low, 1.0 if right == count else min(1.0, centre + half))
 
 
 def spent_json(charge: Charge, seconds: float) -> dict[str, float]:
@@ -70,8 +57,11 @@ def summarise(
         "scored": len(scored),
         "correct": correct,
         "accuracy": correct / len(scored) if scored else None,
-        "accuracy_ci95": list(wilson(correct, len(scored))) if scored else None,
-        "spent": spent_json(status.charge, seconds),
+from ttc.costmodel.intervals import proportion
+from ttc.types import Charge, Result
+
+if TYPE_CHECKING:
+    from ttc.jobs import Status
         "overrun": overrun,
         "samples": status.samples,
         "failed_samples": status.failed_samples,

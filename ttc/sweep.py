@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ttc.budget import Budget
+from ttc.costmodel.intervals import Estimate, paired
 from ttc.policies import parse
 from ttc.simulate import Replay, load, replay
 
@@ -20,28 +21,32 @@ UNBUDGETED = ("parallel-probe?n=4", "parallel-probe?n=8", "parallel-probe?n=16",
 
 def budgets(paths: Sequence[Path], *, shuffles: int = 20, say: Any = print) -> dict[str, Any]:
     """For each pool and policy its (budget or spent a problem, accuracy, standard error over shuffles) at each budget. Prints a
-    table with ``adaptive``'s lead over the best of the others, paired by shuffle."""
+    table with ``adaptive``'s lead over each of the others, paired by problem, with its 95 % interval over problems; the last row
+    is the lead in the mean over all budgets, one comparison instead of many."""
     found: dict[str, Any] = {}
+    ours, *others = POLICIES
     for path in paths:
         pool = load(path)
         lines: dict[str, list[tuple[float, float, float]]] = {name: [] for name in POLICIES}
-        say(
-            f"| {pool.name}: budget | {' | '.join(POLICIES)} | lead over the best other |\n|---|{'---|' * (len(POLICIES) + 1)}"
-        )
+        leads: dict[str, list[Any]] = {name: [] for name in others}
+        heads = [f"{pool.name}: budget", *POLICIES, *(f"over {name.partition('?')[0]}" for name in others)]
+        say(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for budget in BUDGETS:
             shared = Budget(budget * len(pool.problems), "tokens", "run")
             runs = {name: replay(pool, parse(name), budget=shared, shuffles=shuffles) for name in POLICIES}
             assert not any(run.overrun for run in runs.values())
             for name, run in runs.items():
                 lines[name].append((budget, float(run.right.mean()), _noise(run)))
-            best = max(POLICIES[1:], key=lambda name: float(runs[name].right.mean()))
-            lead = runs["adaptive"].right.mean(axis=1) - runs[best].right.mean(axis=1)
-            cells = " | ".join(
+            for name in others:
+                leads[name].append(runs[ours].right.mean(axis=0) - runs[name].right.mean(axis=0))
+            cells = [
                 f"{100 * runs[n].right.mean():.1f} @ {runs[n].tokens.mean() / 1e3:.0f}k" for n in POLICIES
-            )
-            say(
-                f"| {budget / 1e3:.0f}k | {cells} | {100 * lead.mean():+.1f} ±{100 * lead.std() / len(lead) ** 0.5:.1f} |"
-            )
+            ]
+            cells += [gap(paired(leads[name][-1])) for name in others]
+            say(f"| {budget / 1e3:.0f}k | {' | '.join(cells)} |")
+        cells = [f"{100 * sum(point[1] for point in lines[n]) / len(BUDGETS):.1f}" for n in POLICIES]
+        cells += [gap(paired(sum(leads[name]) / len(BUDGETS))) for name in others]
+        say(f"| mean | {' | '.join(cells)} |")
         lines["parallel-probe"] = []
         for name in UNBUDGETED:
             run = replay(pool, parse(name), shuffles=max(shuffles // 2, 1))
@@ -51,6 +56,11 @@ def budgets(paths: Sequence[Path], *, shuffles: int = 20, say: Any = print) -> d
             )
         found[pool.name] = lines
     return found
+
+
+def gap(estimate: Estimate) -> str:
+    """A paired difference in points: ``+1.5 (-0.3 to +4.2)``."""
+    return f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 def _noise(run: Replay) -> float:
@@ -92,4 +102,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-__all__ = ["budgets", "draw"]
+__all__ = ["budgets", "draw", "gap"]

@@ -446,10 +446,3 @@ class Result:
     def cost(self) -> Charge:
         """All that the problem cost, in every unit."""
         return self.charge
-
-
-class Interval(NamedTuple):
-    """A two-sided 95 % confidence interval."""
-
-    low: float
-    high: float

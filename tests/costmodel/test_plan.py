@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttc.costmodel import Cost, Hardware, ModelShape
-from ttc.costmodel.accuracy import Estimate
 from ttc.costmodel.allocation import (
     PROCEDURES,
     Table,
@@ -24,6 +23,7 @@ from ttc.costmodel.allocation import (
     table,
 )
 from ttc.costmodel.frontier import accuracy_of, axis, bands, growth, overpay, pareto, report, threshold
+from ttc.costmodel.intervals import Estimate
 from ttc.costmodel.planner import TOLERANCE, cost_only, plan
 from ttc.costmodel.points import Point, Price, Tariff, all_points, pool_points
 from ttc.costmodel.pools import read_all
@@ -100,9 +100,12 @@ def test_growth_recovers_a_power_law() -> None:
     assert (tokens.resource, chain.resource) == ("tokens", "chain_tokens")
     assert tokens.exponent.mean == pytest.approx(1.0)
     assert tokens.per_doubling.mean == pytest.approx(2.0)
+    assert tokens.exponent.interval is None  # a straight line says nothing of other problems
     pooled = pool_points(_pool(), LARGE, TARIFF)
     grown = {g.resource: g for g in growth(pooled, axis(TARIFF))}
-    assert grown["tokens"].exponent.low <= grown["tokens"].exponent.high
+    about = grown["tokens"].exponent
+    assert about.low < about.mean < about.high
+    assert about.problems == len(_pool().problems)
 
 
 @settings(max_examples=60)
@@ -188,7 +191,7 @@ def test_a_replayed_policy_competes_with_the_pool(tmp_path: Path) -> None:
         4.5 * TARIFF.price(ModelShape.of("Qwen3-8B"), 8000, 1, None).full.flops
     )
     made = plan([point], 40_000, "tokens", TARIFF)
-    assert made.chosen.accuracy == (0.81, 0.7, 0.9)
+    assert made.chosen.accuracy == Estimate(0.81, 0.7, 0.9, problems=30)
     assert made.chosen.label() == "Qwen3-8B, adaptive, mean 36k tokens"
     for broken in ({"accuracy": 1.2}, {"tokens_per_problem": 0}, {"samples_per_problem": None}):
         path.write_text(json.dumps(said | broken))

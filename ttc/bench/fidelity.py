@@ -18,14 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ttc import nano
 from ttc.attention.settings import KvSetting
 from ttc.errors import InputError
-
-if TYPE_CHECKING:
-    from ttc.costmodel.accuracy import Estimate
 
 VOTES = (1, 2, 4, 8, 16, 32)
 
@@ -178,14 +175,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def gains(rows: Sequence[dict[str, Any]]) -> list[Estimate]:
+def gains(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """What each arm's samples get right more often than dense's, paired by problem: mean and 95 % interval."""
     import numpy as np
 
-    from ttc.costmodel.accuracy import bootstrap
+    from ttc.costmodel import intervals
 
     dense = np.array(rows[0]["right"])
-    return [bootstrap(np.array(row["right"]) - dense) for row in rows]
+    others = [intervals.paired(np.array(row["right"]) - dense) for row in rows[1:]]
+    return [(0.0, 0.0, 0.0), *((gain.mean, gain.low, gain.high) for gain in others)]
 
 
 def at_equal_cost(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -90,10 +90,10 @@ def measure(
 
 def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One rule's runs with several seeds as one row."""
-    from ttc.costmodel.accuracy import bootstrap
+    from ttc.costmodel import intervals
 
     right = [r for run in runs for r in run["right"]]
-    estimate, count = bootstrap(_array(right)), len(right)
+    estimate, count = intervals.mean(_array(right)), len(right)
     total = {
         key: sum(run[key] for run in runs)
         for key in runs[0]
@@ -106,7 +106,7 @@ def pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "replayed_tokens": total["replayed_tokens"] / count,
         }
     return {
-        "policy": runs[0]["policy"], "accuracy": estimate.mean, "accuracy_ci95": [estimate.low, estimate.high],
+        "policy": runs[0]["policy"], "accuracy": estimate.mean, "accuracy_ci95": estimate.interval,
         "tokens_per_problem": total["tokens"] / count, "eflops_per_problem": total["eflops"] / count,
         "eflops_kinetics_per_problem": total["eflops_kinetics"] / count, "samples_per_problem": total["samples"] / count,
         "seconds": total["seconds"], "cpu_seconds": total["cpu_seconds"],
@@ -127,7 +127,7 @@ def main(
     as_json: bool,
 ) -> None:
     from ttc.api import open_engine
-    from ttc.costmodel.accuracy import bootstrap
+    from ttc.costmodel import intervals
     from ttc.problems import from_task
 
     if problems < 2:
@@ -145,8 +145,8 @@ def main(
                 print(f"seed {own}: {_line(pooled(runs[policy][-1:]))}", file=sys.stderr, flush=True)
     rows = [pooled(runs[policy]) for policy in policies]
     for row in rows[1:]:
-        gap = bootstrap(_array(row["right"]) - _array(rows[0]["right"]))
-        row["over_first"] = [gap.mean, gap.low, gap.high]
+        gap = intervals.paired(_array(row["right"]) - _array(rows[0]["right"]))
+        row["over_first"] = list(gap[:3])
     for row in rows:
         del row["right"]
     if as_json:

@@ -2,8 +2,8 @@
 
 Four parts, each one command: ``deepening`` (iterative deepening against plain chains and uniform triggers, by difficulty),
 ``forcing`` (s1's curve), ``anytime`` (the answer a chain would give after so many tokens), ``search`` (beam, DVTS and particles
-against best-of-n and weighted votes with the same reward model). Accuracy is the mean over run seeds; intervals are 95 %,
-bootstrapped over problems, and differences are paired by problem.
+against best-of-n and weighted votes with the same reward model). Accuracy is the mean over run seeds; intervals are 95 %
+over problems (``ttc.costmodel.intervals``), and differences are paired by problem.
 
 With ``--out`` each arm's results of a task and seed are kept as they are done, and the same command goes on from there; none
 depends on what ran before it, and none of other weights than the models have now (reasoner or reward model) is taken.
@@ -186,8 +186,8 @@ class Study:
             right = np.mean([cell["right"] for cell in cells], 0)
             first = right if first is None else first
             rows.append(
-                {"task": task, "arm": label, "policy": policy, "accuracy": _interval(right)}
-                | ({"over_first": _interval(right - first)} if first is not right else {})
+                {"task": task, "arm": label, "policy": policy, "accuracy": _mean(right)}
+                | ({"over_first": _paired(right - first)} if first is not right else {})
                 | {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
             )
         return rows
@@ -200,7 +200,7 @@ class Study:
         curve = np.mean([cell["curve"] for cell in cells], 0)
         lengths = np.array([cell["length"] for cell in cells])
         return [
-            {"task": task, "tokens": at, "accuracy": _interval(curve[:, k]), "still_thinking": float((lengths > at).mean())}
+            {"task": task, "tokens": at, "accuracy": _mean(curve[:, k]), "still_thinking": float((lengths > at).mean())}
             for k, at in enumerate(range(EVERY, self.thinking + 1, EVERY))
         ]  # fmt: skip
 
@@ -219,18 +219,17 @@ class Study:
                 )  # (problems, rules + tokens + judge tokens)
                 judge = each[:, -1] if rule != "self-consistency" else np.zeros(len(each))
                 bars[rule].append((each[:, place], each[:, -2].mean() + judge.mean()))
-                row = {"task": task, "arm": f"{rule}, n {n}", "accuracy": _interval(each[:, place])}
+                row = {"task": task, "arm": f"{rule}, n {n}", "accuracy": _mean(each[:, place])}
                 rows.append(row | {"tokens": float(each[:, -2].mean()), "judge": float(judge.mean())})
         for label, policy in SEARCH.items():
             cells = self.cells(task, policy, PLENTY)
             right = np.mean([cell["right"] for cell in cells], 0)
             costs = {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
             over = {
-                rule: _interval(right - _at(bars[rule], costs["tokens"] + costs["judge"])) for rule in RULES
+                rule: _paired(right - _at(bars[rule], costs["tokens"] + costs["judge"])) for rule in RULES
             }
             rows.append(
-                {"task": task, "arm": label, "policy": policy, "accuracy": _interval(right), "over": over}
-                | costs
+                {"task": task, "arm": label, "policy": policy, "accuracy": _mean(right), "over": over} | costs
             )
         return rows
 
@@ -276,10 +275,16 @@ def _right_at(result: Result, at: int, gold: str | None) -> float:
     return float(vote is not None and vote.strip() == gold)
 
 
-def _interval(row: Any) -> list[float]:
-    from ttc.costmodel.accuracy import bootstrap
+def _mean(row: Any) -> list[float]:
+    from ttc.costmodel import intervals
 
-    return [float(value) for value in bootstrap(row)]
+    return list(intervals.mean(row)[:3])
+
+
+def _paired(row: Any) -> list[float]:
+    from ttc.costmodel import intervals
+
+    return list(intervals.paired(row)[:3])
 
 
 def _costs(results: Sequence[Result]) -> dict[str, list[float]]:
