@@ -27,6 +27,7 @@ bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
 	@.venv/bin/ttc bench overhead
 	@.venv/bin/ttc bench overhead --http --rounds 2 --problems 20
 	@.venv/bin/ttc bench decode
+	@$(PY) -m ttc.costmodel.intervals_study
 
 reproduce: .venv/.ready  ## Every published figure, from its command
 	@bash docs/reproduce.sh

@@ -2,6 +2,7 @@
 
 Every trial draws P problems from a population whose mean is known exactly and asks each kind of interval for it. ``ttc`` is
 ``ttc.costmodel.intervals``; beside it the percentile bootstrap, the bootstrap-t (of means on the arcsine scale) and Student's t.
+Needs scipy (the ``dev`` extra).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ $ttc bench study search --thinking 192 --out runs/search.jsonl # an hour of one 
 $ttc bench policies --problems 200 --seeds 3 -p adaptive -p 'adaptive?price=0.01' -p 'adaptive-consistency?n=8' -p 'self-consistency?n=8' \
   -p 'best-of-n?n=4&score=self-certainty' --json
 $ttc bench cost
+.venv/bin/python -m ttc.costmodel.intervals_study
 for context in 4096 16384 32768; do $ttc bench decode --contexts $context --batches 1,8,32 --memory 9; done
 $ttc bench fidelity -m nano-m -t "rg:chain_sum?min_terms=16&max_terms=24&min_digits=1&max_digits=1" --problems 60 --samples 4 \
   --budgets 128,256,512 --thinking 1536 --caps 512

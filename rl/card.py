@@ -15,7 +15,7 @@ import ttc.nano
 from ttc.rl import heldout, tokenizer
 from ttc.rl.model import CONTEXT_TOKENS, load
 
-SCORE, BOOTSTRAP = "score intervals (`ttc.costmodel.intervals`)", "percentile bootstrap intervals"
+SCORE, BOOTSTRAP = "score intervals (`ttc.costmodel.intervals`)", "percentile bootstrap"
 """How a card's intervals were made; cards that don't say so have the bootstrap's, which are too narrow near 0 and 100 %."""
 
 ANSWER_TOKENS = 18  # countdown's expressions of four numbers
@@ -122,8 +122,8 @@ def reward_readme(info: Mapping[str, Any]) -> str:
             "## Held-out results",
             "",
             f"{rows[0]['problems']} problems a row × {k} samples × {rows[0]['seeds']} seeds at temperature 1; percent with 95 %",
-            f"{' or '.join(sorted({row.get('intervals', BOOTSTRAP) for row in rows}))} over problems. AUC: chance that a",
-            "right chain scores above a wrong one, over all chains (its interval: percentile bootstrap), and",
+            f"intervals over problems: {' or '.join(sorted({row.get('intervals', BOOTSTRAP) for row in rows}))}.",
+            "AUC: chance that a right chain scores above a wrong one, over all chains (interval: percentile bootstrap), and",
             f"within one problem (what choosing between samples needs). Best: the highest of {k} scores; weighted: the answer",
             "with the largest sum of scores.",
             "",
@@ -181,9 +181,9 @@ def _tables(info: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]
         "## Held-out results",
         "",
         f"Printed by `python -m ttc.rl.evaluate --model {info['name']}`: temperature 1, in vLLM; reasoning-gym's generator (items",
-        f"{evaluation['seed']} on) and scorer; percent, with 95 % {evaluation.get('intervals', BOOTSTRAP)} over",
-        "problems. A row has as many samples a",
-        "problem as it says, over three seeds; k is what coverage and vote are of.",
+        f"{evaluation['seed']} on) and scorer; percent, with 95 % intervals over problems:",
+        f"{evaluation.get('intervals', BOOTSTRAP)}.",
+        "A row has as many samples a problem as it says, over three seeds; k is what coverage and vote are of.",
         "",
         "| task | problems × samples | k | pass@1 | coverage@k | majority@k | thinking tokens: median, 99th percentile |",
         "| --- | --- | --- | --- | --- | --- | --- |",

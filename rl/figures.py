@@ -132,12 +132,14 @@ SECTIONS: Mapping[str, Callable[[Cards], list[str]]] = {
 
 def tables(found: Cards, study: Mapping[str, Any]) -> str:
     """All tables, in Markdown."""
+    methods = {info["evaluation"].get("intervals", card.BOOTSTRAP) for info in found.values()}
     lines = [
         "# The nano family in figures",
         "",
         "Written by `python -m ttc.rl.figures` from the models' cards (`ttc/nano/*/card.json`, by `python -m ttc.rl.evaluate`)",
         "and the family study (`python -m ttc.rl.family`). Held-out problems, three seeds, temperature 1, in vLLM; brackets are",
-        "95 % intervals, bootstrapped over problems. What it means is told in [nano.md](nano.md).",
+        "95 % intervals over problems (cards: " + "; ".join(sorted(methods)) + ").",
+        "What it means is told in [nano.md](nano.md).",
     ]
     for title, section in SECTIONS.items():
         lines += ["", f"## {title}", "", *section(found)]
