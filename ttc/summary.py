@@ -57,11 +57,8 @@ def summarise(
         "scored": len(scored),
         "correct": correct,
         "accuracy": correct / len(scored) if scored else None,
-from ttc.costmodel.intervals import proportion
-from ttc.types import Charge, Result
-
-if TYPE_CHECKING:
-    from ttc.jobs import Status
+        "accuracy_ci95": proportion(correct, len(scored)).interval if scored else None,
+        "spent": spent_json(status.charge, seconds),
         "overrun": overrun,
         "samples": status.samples,
         "failed_samples": status.failed_samples,
