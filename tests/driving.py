@@ -10,7 +10,9 @@ from ttc.budget import Budget
 from ttc.driver import Driver
 from ttc.engine.fake import FakeEngine
 from ttc.errors import EngineError
+from ttc.jobs import Job
 from ttc.ledger import Ledger
+from ttc.opening import open_jobs
 from ttc.pricing import Pricer
 from ttc.samplers import leader, tally
 from ttc.types import Branch, Brief, Charge, Generate, Outcome, Problem, Result, Routine, Sampling
@@ -39,6 +41,11 @@ def make_driver(
         engine, policy, budget, PlainJudge(), ledger or Ledger(), pricer_for(engine),  # type: ignore[arg-type]
         brief=brief, clock=engine.clock, **more,  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def jobs_of(driver: Driver, problems: Sequence[Problem]) -> Sequence[Job]:
+    """The jobs that the driver would make of problems. Raises BudgetTooSmall."""
+    return open_jobs(problems, driver.policy, driver.brief, driver.cashier).jobs
 
 
 def total(results: Sequence[Result]) -> Charge:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import EarlyStop, make_driver, total
+from tests.driving import EarlyStop, jobs_of, make_driver, total
 from ttc.budget import Budget, Scope, Unit
 from ttc.costmodel import ModelShape
 from ttc.engine.fake import FakeEngine, Script, random_writer
@@ -155,7 +155,7 @@ def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
             "cap": rng.randint(2, 90), "effort": rng.choice([None, 0.5, 0.125]), "reward": Reads(engine.info.shape),
         }  # fmt: skip
         with pytest.raises(BudgetTooSmall) as caught:
-            make_driver(engine, policy, Budget(1e-30, unit, scope), **more).prepare(problems)
+            jobs_of(make_driver(engine, policy, Budget(1e-30, unit, scope), **more), problems)
         amount = caught.value.least * rng.choice([1.0, 1.0, rng.uniform(1, 3), rng.uniform(1, 60)])
         driver = make_driver(engine, policy, Budget(amount, unit, scope), **more)
         results = list(driver.run(problems))

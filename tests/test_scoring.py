@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import Dies, make_driver, total
+from tests.driving import Dies, jobs_of, make_driver, total
 from tests.engine.http_engine import serving
 from tests.engine.mock_server import Call, Script
 from tests.waiting import LIMIT_S
@@ -213,5 +213,5 @@ def test_scores_that_an_interrupted_run_did_not_wait_for_count_as_spent(tmp_path
 
 def test_work_without_branches_is_no_question() -> None:
     driver = make_driver(FakeEngine(), parse("greedy"), Budget(900, "tokens"), reward=Judge())
-    [job], _ = driver.prepare(make_problems(1))
+    [job] = jobs_of(driver, make_problems(1))
     assert driver.scoring.ask(job, Score(())) is not None

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import Dies, EarlyStop, make_driver
+from tests.driving import Dies, EarlyStop, jobs_of, make_driver
 from ttc.api import Run, Settings, run
 from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, Script
@@ -144,7 +144,7 @@ def test_under_eflops_a_failed_request_is_issued_again_if_a_lease_of_it_fits(sha
     engine = FakeEngine(lambda request, issued: Script(20, "7", 1, fails_at=5 if issued == 0 else None))
     policy = parse("self-consistency?n=1")
     probe = make_driver(engine, policy, Budget(1e18, "eflops"), cap=4000)
-    [job], _ = probe.prepare(make_problems(1))
+    [job] = jobs_of(probe, make_problems(1))
     whole = probe.cashier.most(job, job.brief.request(job.problem, 0), 4000)
     driver = make_driver(engine, policy, Budget(share * whole, "eflops"), cap=4000)
     [result] = driver.run(make_problems(1))

@@ -26,6 +26,7 @@ from typing import Any, TypedDict, Unpack
 
 from ttc.attention.settings import KvSetting
 from ttc.budget import Budget
+from ttc.cashier import Cashier
 from ttc.checks import (
     check_control,
     check_effort,
@@ -43,6 +44,7 @@ from ttc.errors import InputError
 from ttc.jobs import Policy, RewardModel, Status, traits_of
 from ttc.judge import Jury
 from ttc.ledger import Ledger
+from ttc.opening import open_jobs
 from ttc.policies import describe
 from ttc.policies import parse as parse_policy
 from ttc.policies.planned import plan_policy
@@ -186,12 +188,13 @@ class Run:
             room_tokens=engine.room_tokens,
         )
         self.jury = Jury(info.format)
-        probe = Driver(engine, self.policy, self.budget, self.jury, Ledger(), pricer, brief=brief)
-        jobs, too_long = probe.prepare(self.problems)  # refuses what can't run before anything is written
-        if too_long:
-            more = f" ({len(too_long) - 1} more like it)" if len(too_long) > 1 else ""
-            raise InputError(next(iter(too_long.values())) + more)
-        thinking = max((job.brief.max_thinking_tokens for job in jobs), default=info.context)
+        cashier = Cashier(self.budget, pricer, engine, clock)
+        opened = open_jobs(self.problems, self.policy, brief, cashier)  # before anything is written
+        if opened.refused:
+            more = f" ({len(opened.refused) - 1} more like it)" if len(opened.refused) > 1 else ""
+            raise InputError(opened.refused[0][1] + more)
+        self._opened = opened
+        thinking = max((job.brief.max_thinking_tokens for job in opened.jobs), default=info.context)
         self.thinking_limit = thinking
         if self.budget.unit == "tokens":
             thinking = min(thinking, int(self.budget.amount) - engine.room_tokens)
@@ -202,7 +205,7 @@ class Run:
             engine, self.policy, self.budget, self.jury, self.ledger, pricer,
             brief=brief, reward=self.reward, clock=clock, on_step=on_step,
         )  # fmt: skip
-        self.jury.start(job.problem for job in jobs if job.problem.id not in self.ledger.results)
+        self.jury.start(job.problem for job in opened.jobs if job.problem.id not in self.ledger.results)
         self._results: list[Result] = []
         self._started = clock()
         self._clock = clock
@@ -244,7 +247,7 @@ class Run:
     def results(self) -> Iterator[Result]:
         """Each problem's result as it finishes. Closes the ledger at the end, whatever the end."""
         try:
-            with closing(self.driver.run(self.problems)) as stream:
+            with closing(self.driver.run_opened(self._opened)) as stream:
                 for result in stream:
                     self._results.append(result)
                     yield result

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from ttc.books import Books
 from ttc.cashier import Cashier
 from ttc.errors import named
-from ttc.jobs import Job, Judge, Status
-from ttc.ledger import Ledger
+from ttc.jobs import Job, Judge
 from ttc.types import Charge, Problem, Result, Verdict
 
 
@@ -37,8 +37,8 @@ class Closing:
     """Turns problems that ended into results: ``close`` as they end, ``results`` for those that are ready. Not to be called from
     more than one thread."""
 
-    def __init__(self, judge: Judge, ledger: Ledger, cashier: Cashier, status: Status) -> None:
-        self.judge, self.ledger, self.cashier, self.status = judge, ledger, cashier, status
+    def __init__(self, judge: Judge, cashier: Cashier, books: Books) -> None:
+        self.judge, self.cashier, self.books = judge, cashier, books
         self._queue: deque[tuple[Job | None, Result, Future[Judged] | None]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
@@ -48,7 +48,7 @@ class Closing:
         """The problem has ended and nothing of it runs any more; with ``judged`` a verdict is asked for."""
         shared = [s for s in job.shared_eflops if s]
         if shared:  # the prompt's KV reads, shared over the problem's branches (Kinetics Eq. 10: times the mean length)
-            self.charge(job, Charge(eflops_kinetics=sum(shared) / len(shared)))
+            self.books.charge(job, Charge(eflops_kinetics=sum(shared) / len(shared)))
         charge = job.charge
         if self.cashier.budget.scope == "problem":
             charge = replace(charge, seconds=self.cashier.seconds_used(job))
@@ -66,12 +66,8 @@ class Closing:
     def refused(self, problem: Problem, why: str, seed: int) -> None:
         """A problem that could not run."""
         result = Result(problem.id, None, None, (), Charge(), "failed", seed, error=why)
-        self.ledger.write_result(result)
+        self.books.ledger.write_result(result)
         self._queue.append((None, result, None))
-
-    def charge(self, job: Job, charge: Charge) -> None:
-        job.charge = job.charge + charge
-        self.status.charge = self.status.charge + charge
 
     def results(self, *, wait: bool = False) -> Iterator[Result]:
         """Results that are ready, in order, each on disk before it is handed out; ``wait`` for all that are still being judged."""
@@ -86,7 +82,7 @@ class Closing:
                 if found.error:
                     result = replace(result, stop="failed", error=found.error)
                 self.judge.forget(job.problem)
-                self.ledger.write_result(result)
+                self.books.ledger.write_result(result)
             self._count(result, replayed=job is None)
             yield result
         if self._thread is not None and wait:
@@ -105,7 +101,7 @@ class Closing:
         return future
 
     def _count(self, result: Result, *, replayed: bool) -> None:
-        status = self.status
+        status = self.books.status
         status.done += 1
         status.failed += bool(result.error)
         if result.verdict is not None:
@@ -114,7 +110,7 @@ class Closing:
         if replayed:
             status.charge = status.charge + result.charge
             status.replayed_tokens += result.charge.tokens
-            for branch in self.ledger.branches(result.problem_id):
+            for branch in self.books.ledger.branches(result.problem_id):
                 status.note(branch)
 
 

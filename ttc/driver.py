@@ -22,24 +22,24 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 
-from ttc.budget import Budget, Meter, format_amount
-from ttc.cashier import LEASE, Cashier, efforts, rounded_up
+from ttc.books import Books
+from ttc.budget import Budget
+from ttc.cashier import LEASE, Cashier
 from ttc.closing import Closing
-from ttc.engine.protocol import Engine, Progress, StepReport
-from ttc.errors import BudgetTooSmall, EngineError, InputError, LedgerError, named, place
-from ttc.jobs import Account, Flight, Job, Judge, Policy, RewardModel, Status
+from ttc.engine.protocol import Engine, StepReport
+from ttc.errors import EngineError, InputError, LedgerError, named, place
+from ttc.flights import Flights
+from ttc.jobs import Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
+from ttc.opening import Opened, open_jobs
 from ttc.pricing import Pricer, spent_in
 from ttc.scoring import Scoring
 from ttc.steering import Steering
 from ttc.types import (
     Branch,
     Brief,
-    Charge,
     Completion,
-    Decision,
     Generate,
     Outcome,
     Problem,
@@ -53,9 +53,6 @@ from ttc.watch import RETRIES, Watch
 
 LOOK_SECONDS = 0.2
 """How often the driver reads where branches are, on an engine that can tell at any time and a budget without leases."""
-
-_TICKETS = count(1)
-"""Tickets are of all drivers: a late word on a branch of one run means nothing to the next run on the same engine."""
 
 _DRIVEN: dict[int, Engine] = {}
 
@@ -97,93 +94,48 @@ class Driver:
         stall_seconds: float = 300.0,
         on_step: Callable[[Status], None] | None = None,
     ) -> None:
-        self.engine, self.policy, self.budget, self.judge = engine, policy, budget, judge
-        self.cashier = Cashier(budget, pricer, engine, clock)
-        self.ledger, self.pricer, self.base_brief, self.reward = ledger, pricer, brief, reward
+        self.engine, self.policy, self.budget, self.brief = engine, policy, budget, brief
         self.clock, self.on_step = clock, on_step
         self.status = Status()
-        self.closing = Closing(judge, ledger, self.cashier, self.status)
-        self.steering, self.scoring, self.watch = Steering(self), Scoring(self), Watch(self, stall_seconds)
+        self.cashier = Cashier(budget, pricer, engine, clock)
+        self.books = Books(ledger, self.status, budget.unit)
+        self.flights = Flights(engine, self.cashier, self.books, judge, clock)
+        self.closing = Closing(judge, self.cashier, self.books)
+        self.steering = Steering(self, self.flights, self.cashier, self.books, judge)
+        self.scoring = Scoring(self, reward, self.cashier, self.books)
+        self.watch = Watch(self.flights, self.cashier, self.books, stall_seconds)
         self.interrupted = False
-        self.run_account = Account(Meter(budget.amount)) if budget.scope == "run" else None
-        self.flights: dict[int, Flight] = {}
         self._ready: list[tuple[float, int, int, Job]] = []
         self._parked: list[Job] = []
         self.crowded: str | None = None
         """Once a run has begun: why the engine has less to do than it could ("": it is as busy as it can be)."""
         self._pushes = 0
         self._stop = False
-        self._begun = self._followed = 0.0
-        self.standing: Mapping[int, Progress] = {}
-
-    # -- before anything runs ----------------------------------------------------------------------------------------------
-    def prepare(self, problems: Sequence[Problem]) -> tuple[list[Job], dict[str, str]]:
-        """Price every problem's least answer. Returns the jobs and, by id, the problems that can't run (prompt too long).
-
-        Raises BudgetTooSmall if the budget can't buy one answer for each, and says the least that would do.
-        """
-        info, room = self.engine.info, self.engine.room_tokens
-        jobs: list[Job] = []
-        refused: dict[str, str] = {}
-        least_sum = least_max = 0.0
-        for order, problem in enumerate(problems):
-            prompts = {
-                effort: self.engine.count_prompt(problem, effort)
-                for effort in efforts(self.policy, self.base_brief.effort)
-            }
-            prompt = max(prompts.values())
-            longest = info.context - prompt - room
-            if longest < 1:
-                refused[problem.id] = (
-                    f"prompt: {problem.id} has {prompt} tokens, and with {room} kept for the answer that is more than the"
-                    f" model's context of {info.context}; shorten it or use a model with a longer context"
-                )
-                continue
-            thinking = min(longest, self.base_brief.max_thinking_tokens)
-            brief = replace(
-                self.base_brief, max_thinking_tokens=thinking, budget_amount=self.budget.amount,
-                budget_unit=self.budget.unit, budget_scope=self.budget.scope, probe_tokens=info.probe_tokens,
-                budget_share=self.budget.amount / (len(problems) if self.budget.scope == "run" else 1),
-            )  # fmt: skip
-            account = self.run_account or Account(Meter(self.budget.amount))
-            job = Job(order, problem, brief, prompts, account)
-            least = self.cashier.least(job)
-            least_sum, least_max = least_sum + least, max(least_max, least)
-            if self.run_account is not None:
-                self.run_account.meter.reserve(order, least)
-            jobs.append(job)
-        least = least_sum if self.run_account is not None else least_max
-        if least > self.budget.amount:
-            whole = "for one answer to each problem" if self.run_account is not None else "for one answer"
-            raise BudgetTooSmall(
-                f"budget: {format_amount(self.budget.amount, self.budget.unit)} is too small {whole};"
-                f" give at least {rounded_up(least, self.budget.unit)}",
-                least,
-            )
-        return jobs, refused
+        self._begun = 0.0
 
     # -- the loop ----------------------------------------------------------------------------------------------------------
-    def run(self, problems: Sequence[Problem], *, jobs: Sequence[Job] | None = None) -> Generator[Result]:
+    def run(self, problems: Sequence[Problem]) -> Generator[Result]:
         """Results in the order in which problems finish; those already in the ledger come first and cost nothing again.
 
-        Raises EngineError if the engine is gone (the ledger holds all that finished), whatever ``prepare`` raises.
+        Raises EngineError if the engine is gone (the ledger holds all that finished), and BudgetTooSmall as ``open_jobs``.
         """
         with _alone(self.engine):
-            yield from self._run(problems, jobs)
+            yield from self._run(open_jobs(problems, self.policy, self.brief, self.cashier))
 
-    def _run(self, problems: Sequence[Problem], jobs: Sequence[Job] | None) -> Iterator[Result]:
-        refused: Mapping[str, str] = {}
-        if jobs is None:
-            jobs, refused = self.prepare(problems)
-        self.status.problems = len(jobs) + len(refused)
+    def run_opened(self, opened: Opened) -> Generator[Result]:
+        """``run``, where ``open_jobs`` has been asked already."""
+        with _alone(self.engine):
+            yield from self._run(opened)
+
+    def _run(self, opened: Opened) -> Iterator[Result]:
+        self.status.problems = len(opened.jobs) + len(opened.refused)
         self._begun = self.clock()
-        if self.run_account is not None:
-            self.run_account.started = self._begun
-        by_id = {p.id: p for p in problems}
-        for problem_id, why in refused.items():
-            self.closing.refused(by_id[problem_id], why, self.base_brief.seed)
+        if opened.account is not None:
+            opened.account.started = self._begun
+        for problem, why in opened.refused:
+            self.closing.refused(problem, why, self.brief.seed)
         try:
-            waiting = deque(self._replay_finished(jobs))
+            waiting = deque(self._replay_finished(opened.jobs))
             if self.budget.scope == "run":
                 while waiting:
                     self._open(waiting.popleft())
@@ -194,7 +146,7 @@ class Driver:
                 if self.crowded is None:
                     self.crowded = self._crowding()
                 yield from self.closing.results()
-                if self.flights:
+                if self.flights.aloft:
                     self._turn()
                 elif self.scoring.open:
                     self.scoring.look(wait_s=LOOK_SECONDS)
@@ -239,58 +191,41 @@ class Driver:
 
     def _step_done(self) -> None:
         status = self.status
-        status.running, status.seconds = len(self.flights), self.clock() - self._begun
+        status.running, status.seconds = len(self.flights.aloft), self.clock() - self._begun
         if self.on_step is not None:
             self.on_step(status)
 
     def _take(self, report: StepReport, now: float) -> None:
-        if not report.standing or self.cashier.leased or now - self._followed >= LOOK_SECONDS:
-            self.follow(report.progress, now)
-        self.standing = report.progress if report.standing else {}
+        flights = self.flights
+        if not report.standing or self.cashier.leased or now - flights.followed >= LOOK_SECONDS:
+            flights.follow(report.progress, now)
+        flights.standing = report.progress if report.standing else {}
         for probed in report.probes:
             self.steering.hear(probed)
         for ticket, completion in report.finished:
-            landed = self.flights.get(ticket)
-            if landed is not None:
-                self._land(ticket, landed, completion, now)
+            flight = flights.aloft.get(ticket)
+            if flight is not None:
+                self._land(ticket, flight, completion, now)
         self.steering.wake()
-
-    def follow(self, places: Mapping[int, Progress], now: float, *, gone: bool = False) -> None:
-        """Note where running branches are; extend the leases that have run out (unless the engine is ``gone``)."""
-        running = self.status.running_tokens
-        for ticket, progress in places.items():
-            flight = self.flights.get(ticket)
-            if flight is None:
-                continue
-            if progress.tokens != flight.tokens:
-                running += progress.tokens - flight.tokens
-                flight.tokens, flight.moved = progress.tokens, now
-            if progress.weight_reads is not None:
-                flight.reads = progress.weight_reads
-            if flight.lease_end is not None and flight.tokens >= flight.lease_end and not gone:
-                self._extend(ticket, flight)
-        self.status.running_tokens, self._followed = running, now
 
     # -- starting work -----------------------------------------------------------------------------------------------------
     def _replay_finished(self, jobs: Sequence[Job]) -> list[Job]:
         """Hand out the results that the ledger already has; returns the jobs that remain."""
         remaining = []
         for job in jobs:
-            known = self.ledger.results.get(job.problem.id)
+            known = self.books.ledger.results.get(job.problem.id)
             if known is None:
                 remaining.append(job)
                 continue
-            if self.run_account is not None:
-                self.run_account.meter.release(job.order)
-                self.run_account.meter.spent += spent_in(self.budget.unit, known.charge)
+            if self.budget.scope == "run":
+                job.account.meter.release(job.order)
+                job.account.meter.spent += spent_in(self.budget.unit, known.charge)
             self.closing.known(known)
         return remaining
 
     def _open(self, job: Job) -> None:
-        for charge in self.ledger.interrupted.get(job.problem.id, ()):
-            self.pay(job, charge)
-            self.closing.charge(job, charge)
-            self.status.replayed_tokens += charge.tokens
+        for charge in self.books.ledger.interrupted.get(job.problem.id, ()):
+            self.books.replay(job, charge)
         try:
             job.routine = self.policy.run(job.posed, job.brief)
             self.advance(job, None)
@@ -335,11 +270,11 @@ class Driver:
         job.open = len(job.slots)
         job.pending = deque(enumerate(work.requests))
         price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.requests)
-        self.decide(job, f"generate {len(work.requests)}", work.why, price)
+        self.books.decide(job, f"generate {len(work.requests)}", work.why, price)
         recorded = [
             (known[0], slot, known[1])
             for slot, request in job.pending
-            if (known := self.ledger.branch(job.problem.id, request)) is not None
+            if (known := self.books.ledger.branch(job.problem.id, request)) is not None
         ]
         for _, slot, branch in sorted(recorded, key=lambda item: item[:2]):
             job.pending = deque((s, r) for s, r in job.pending if s != slot)
@@ -348,7 +283,7 @@ class Driver:
             if reply is not None:
                 return reply
         if job.pending:
-            if job.account is self.run_account and job.started and not any(b.usable for b in job.branches):
+            if self.budget.scope == "run" and job.started and not any(b.usable for b in job.branches):
                 least = self.cashier.answer_after(job, job.pending[0][1], 0)
                 least = max(least, job.account.meter.reserved(job.order))
                 job.account.meter.reserve(job.order, least)  # no other problem may spend what it answers with
@@ -363,7 +298,7 @@ class Driver:
         heapq.heappush(self._ready, (first, job.order, self._pushes, job))
 
     def _fill(self, waiting: deque[Job]) -> None:
-        while len(self.flights) < self.engine.info.concurrency:
+        while len(self.flights.aloft) < self.engine.info.concurrency:
             if not self._ready:
                 if not waiting:
                     return
@@ -413,7 +348,7 @@ class Driver:
             thinking = self.cashier.affordable(job, request, first)
             if thinking is not None:
                 why = "the budget can't pay for them"
-                self.decide(job, f"no probes of branch {request.index}", why, 0.0)
+                self.books.decide(job, f"no probes of branch {request.index}", why, 0.0)
         if thinking is None and account.flights:
             if first:
                 meter.reserve(job.order, kept)
@@ -424,46 +359,12 @@ class Driver:
         job.pending.popleft()
         if thinking != request.thinking_tokens:
             request = replace(request, thinking_tokens=thinking)
-        self._submit(job, slot, request, Charge(), 0)
+        self.flights.submit(job, slot, request)
         return True
-
-    def _submit(self, job: Job, slot: int, request: Request, carried: Charge, attempts: int) -> None:
-        ticket, now = self.new_ticket(), self.clock()
-        if request.problem is job.posed and job.posed is not job.problem:
-            request = replace(request, problem=job.problem)
-        lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
-        flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
-        flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
-        flight.expected = self.cashier.typical_cost(0.0)
-        job.account.planned += flight.expected
-        job.account.meter.hold(ticket, self.cashier.most(job, request, lease))
-        if job.account.started is None:
-            job.account.started = now
-        job.account.flights += 1
-        job.flights.add(ticket)
-        job.tickets[request.index] = ticket
-        job.started += 1
-        self.flights[ticket] = flight
-        self.engine.submit(ticket, request)
-
-    def new_ticket(self) -> int:
-        return next(_TICKETS)
-
-    def _extend(self, ticket: int, flight: Flight) -> None:
-        """A lease has run out: hold the price of the next tokens, or end the thought inside what is held."""
-        job, end, whole = flight.job, flight.lease_end or 0, flight.request.thinking_tokens
-        for more in (LEASE, LEASE // 4, 1):
-            target = min(end + more, whole)
-            if job.account.meter.hold(ticket, self.cashier.most(job, flight.request, target, flight)):
-                flight.lease_end = target if target < whole else None
-                return
-        flight.lease_end = None
-        self.engine.steer(ticket, "close")
-        self.decide(job, "close a thought", "the eFLOPs budget pays for no more thinking", 0.0)
 
     def _deny(self, job: Job) -> None:
         if not job.denied:
-            self.decide(job, f"deny {len(job.pending)}", "the budget pays for no further branch", 0.0)
+            self.books.decide(job, f"deny {len(job.pending)}", "the budget pays for no further branch", 0.0)
         job.denied = True
         denied = list(job.pending)
         job.pending.clear()
@@ -478,15 +379,7 @@ class Driver:
             flight.closing and completion.finish == "abort"
         ):  # time ran out while it was answering: what it wrote counts
             completion = replace(completion, finish="length")
-        charge = flight.carried + self.pricer.charge(flight.request, completion, now - flight.submitted)
-        attempt = spent_in(self.budget.unit, charge) - spent_in(self.budget.unit, flight.carried)
-        if self.budget.unit == "seconds":
-            attempt = 0.0  # branches run side by side; the scope's clock counts
-        job.account.meter.settle(ticket, attempt)
-        job.account.flights -= 1
-        job.account.planned -= flight.expected
-        job.flights.discard(ticket)
-        job.tickets.pop(flight.request.index, None)
+        charge = self.flights.settle(ticket, completion, now)
         thinking = flight.request.thinking_tokens
         retry = (
             completion.finish == "error"
@@ -497,36 +390,24 @@ class Driver:
         if retry and job.account.meter.fits(
             self.cashier.most(job, flight.request, min(LEASE, thinking) if self.cashier.leased else thinking)
         ):
-            self._gone(ticket, flight)
+            self._gone(ticket)
             self.status.retried_samples += 1
-            self._submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
+            self.flights.submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
             return
-        job.shared_eflops.append(self.pricer.kinetics(flight.request, completion).shared)
-        branch = self.branch(flight, completion, charge)
-        self.ledger.write_branch(
+        job.shared_eflops.append(self.cashier.pricer.kinetics(flight.request, completion).shared)
+        branch = self.flights.branch(flight, completion, charge)
+        self.books.ledger.write_branch(
             branch, flight.request, interrupted=self._stop and completion.finish == "abort"
         )
-        self._gone(ticket, flight)
+        self._gone(ticket)
         self.cashier.learn(branch)
         self.cashier.set_aside(job, flight.request, branch)
         self.arrive(job, flight.slot, branch)
 
-    def _gone(self, ticket: int, flight: Flight) -> None:
+    def _gone(self, ticket: int) -> None:
         """A flight has landed, and is on record: what waits for its money may try again."""
-        del self.flights[ticket]
-        self.status.running_tokens -= flight.tokens
+        self.flights.remove(ticket)
         self._unpark()
-
-    def branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
-        """What a flight became, with its answer and vote."""
-        problem = flight.job.problem
-        answer = vote = None
-        if completion.finish in ("stop", "length"):
-            answer = self.judge.answer(problem, flight.request.prefix + completion.text)
-            vote = self.judge.vote(problem, answer) if answer is not None else None
-        return Branch(
-            problem.id, flight.request.index, flight.request.seed, completion, answer, vote, charge, tuple(flight.probes)
-        )  # fmt: skip
 
     def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
         """A branch of the job's current work is there (``replayed``: what it was asked for in an earlier session); replies to the
@@ -552,12 +433,12 @@ class Driver:
         job.open -= 1
         job.arrived.append(branch)
         job.branches.append(branch)
-        self.closing.charge(job, branch.charge)
         self.status.note(branch)
-        if replayed is not None:
-            self.pay(job, branch.charge)
+        if replayed is None:
+            self.books.charge(job, branch.charge)
+        else:
+            self.books.replay(job, branch.charge)
             self.cashier.set_aside(job, replayed, branch)
-            self.status.replayed_tokens += branch.charge.tokens
             job.started += 1
             self.cashier.learn(branch)
 
@@ -571,13 +452,13 @@ class Driver:
                 job.cancelled = True
                 rest = len(job.pending) + len(job.flights)
                 if rest:
-                    self.decide(job, f"cancel {rest}", "the policy has seen enough", 0.0)
+                    self.books.decide(job, f"cancel {rest}", "the policy has seen enough", 0.0)
                 for slot, request in job.pending:
                     nothing = Completion("", "abort", 0, 0)
                     job.slots[slot] = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
                 job.open -= len(job.pending)
                 job.pending.clear()
-                self.engine.abort(sorted(job.flights))
+                self.flights.cancel(sorted(job.flights))
         if job.pending or job.flights or job.open:
             return None
         branches = tuple(b for b in job.slots if b is not None)
@@ -592,7 +473,7 @@ class Driver:
                 job.outcome = outcome
                 return
         if outcome.why:
-            self.decide(job, f"stop: {outcome.stop}", outcome.why, 0.0)
+            self.books.decide(job, f"stop: {outcome.stop}", outcome.why, 0.0)
         error = ""
         if outcome.answer is None:
             error = next((b.completion.error for b in job.branches if b.completion.error), "")
@@ -615,21 +496,11 @@ class Driver:
         job.pending.clear()
         job.routine = None
         if job.flights:
-            self.engine.abort(sorted(job.flights))
+            self.flights.cancel(sorted(job.flights))
         else:
             self._close(job, None, "failed", {}, job.failed)
 
     def _close(self, job: Job, answer: str | None, stop: str, votes: Mapping[str, float], error: str) -> None:
-        if self.run_account is not None:
-            self.run_account.meter.release(job.order)
+        if self.budget.scope == "run":
+            job.account.meter.release(job.order)
         self.closing.close(job, answer, stop, votes, error, judged=not job.failed)
-
-    def pay(self, job: Job, charge: Charge) -> None:
-        """Charge work that an earlier session of this run did (its seconds are over, and not charged again)."""
-        if self.budget.unit != "seconds":
-            job.account.meter.spent += spent_in(self.budget.unit, charge)
-
-    def decide(self, job: Job, what: str, why: str, price: float) -> None:
-        decision = Decision(job.problem.id, what, why, price, job.account.meter.remaining)
-        job.decisions.append(decision)
-        self.ledger.write_decision(decision)

@@ -21,6 +21,7 @@ from ttc.types import (
     Outcome,
     Probe,
     Problem,
+    Reply,
     Request,
     Routine,
     Steer,
@@ -183,6 +184,25 @@ class Flight:
     closing: bool = False
     probes: list[Probe] = field(default_factory=list)
     asked: int = 0
+
+
+class Desk(Protocol):
+    """The driver, as its parts see it: where they hand over what is new of a job."""
+
+    def push(self, job: Job) -> None:
+        """The job has requests to start."""
+
+    def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
+        """A branch of the job's work is there (``replayed``: what it was asked for in an earlier session)."""
+
+    def advance(self, job: Job, reply: Reply | None) -> None:
+        """The job's policy may go on."""
+
+    def finish(self, job: Job, outcome: Outcome) -> None:
+        """The job's policy has had its last word."""
+
+    def blame(self, job: Job, error: Exception) -> None:
+        """The job's policy, or what that called, raised."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """``Score`` work: what the reward model says of chains, priced before it reads, written down when it has.
 
-A part of the driver, which owns the money. A reward model behind a server, or of an engine behind one, is asked in threads of its
+A reward model behind a server, or of an engine behind one, is asked in threads of its
 own, so that other branches go on and are heard while it reads; one that shares this process with the engine would take the engine's
 cores there, and is asked between two of its steps. Where the budget pays for no scores, time is up, or the reward model breaks, the
 policy gets none, and answers with what it has.
@@ -15,17 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
 
+from ttc.books import Books
+from ttc.cashier import Cashier
 from ttc.engine.protocol import ServedEngine
 from ttc.errors import named
-from ttc.jobs import Job, RewardModel
+from ttc.flights import new_ticket
+from ttc.jobs import Desk, Job, RewardModel
 from ttc.pricing import Pricer, spent_in
 from ttc.rewards import scores_of
 from ttc.types import Charge, Reply, Score
-
-if TYPE_CHECKING:
-    from ttc.driver import Driver
 
 LAST_WORD_S = 1.0
 """How long an interrupted run waits for scores that are under way: what they cost is known then, and they are kept."""
@@ -64,12 +63,12 @@ class Asked:
 
 
 class Scoring:
-    """Asks a driver's reward model. Not to be called from more than one thread."""
+    """Asks the run's reward model. Not to be called from more than one thread."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
-        self._aside = bool(getattr(driver.reward, "slow", False)) or isinstance(driver.engine, ServedEngine)
-        self._at_once = int(getattr(driver.reward, "at_once", 1))
+    def __init__(self, desk: Desk, reward: RewardModel | None, cashier: Cashier, books: Books) -> None:
+        self.desk, self.reward, self.cashier, self.books = desk, reward, cashier, books
+        self._aside = bool(getattr(reward, "slow", False)) or isinstance(cashier.engine, ServedEngine)
+        self._at_once = int(getattr(reward, "at_once", 1))
         self._waiting: deque[Asked] = deque()
         self._under_way: list[Asked] = []
         self._longest = 0.0
@@ -87,25 +86,23 @@ class Scoring:
 
     def ask(self, job: Job, work: Score) -> Reply | None:
         """The reply, or None: it comes later."""
-        driver, reward = self.driver, self.driver.reward
+        reward, pricer, clock = self.reward, self.cashier.pricer, self.cashier.clock
         if reward is None or not work.branches:
             return Reply(remaining=job.account.meter.remaining)
         texts = list(work.texts) or [b.completion.text for b in work.branches]
         asked = Asked(job, texts, work.why)
-        known = driver.ledger.scores(job.problem.id, asked.digest)
+        known = self.books.ledger.scores(job.problem.id, asked.digest)
         if known is not None:
             scores, charge = known
-            driver.pay(job, charge)
-            driver.closing.charge(job, charge)
-            driver.status.replayed_tokens += charge.tokens
+            self.books.replay(job, charge)
             return Reply(scores=scores, remaining=job.account.meter.remaining)
         if self._aside:
             self._waiting.append(asked)
             self._begin()
             return None
-        asked.work(reward, driver.pricer, driver.clock)
+        asked.work(reward, pricer, clock)
         if self._afford(asked):
-            asked.work(reward, driver.pricer, driver.clock)
+            asked.work(reward, pricer, clock)
         return self._reply(asked)
 
     def look(self, wait_s: float = 0.0) -> None:
@@ -165,32 +162,31 @@ class Scoring:
             self._work.put(asked)
 
     def _run(self) -> None:
-        reward, engine = self.driver.reward, self.driver.engine
+        reward, cashier = self.reward, self.cashier
         while (asked := self._work.get()) is not None:
             assert reward is not None
-            asked.work(reward, self.driver.pricer, self.driver.clock)
+            asked.work(reward, cashier.pricer, cashier.clock)
             self._done.put(asked)
-            if isinstance(engine, ServedEngine):
-                engine.wake()
+            if isinstance(cashier.engine, ServedEngine):
+                cashier.engine.wake()
 
     def _late(self, job: Job, more: float) -> bool:
         """True under a budget of seconds of which closing and answering take the rest, with ``more`` before."""
-        cashier = self.driver.cashier
-        if self.driver.budget.unit != "seconds":
+        cashier = self.cashier
+        if cashier.budget.unit != "seconds":
             return False
         return cashier.seconds_left(job) <= cashier.closing_seconds() + cashier.longest_step + more
 
     def _afford(self, asked: Asked) -> bool:
         """Hold the price of what has just been priced, if the budget can pay for it."""
-        driver, job = self.driver, asked.job
+        job, unit = asked.job, self.books.unit
         if asked.charge is None or asked.error is not None or asked.held:
             return False
-        unit = driver.budget.unit
         price = spent_in(unit, asked.charge) if unit != "seconds" else 0.0
-        driver.decide(job, f"score {len(asked.texts)}", asked.why, price)
+        self.books.decide(job, f"score {len(asked.texts)}", asked.why, price)
         if self._late(job, self._longest):
             return False
-        ticket = driver.new_ticket()
+        ticket = new_ticket()
         if not job.account.meter.hold(ticket, price):
             return False
         asked.held = ticket
@@ -198,31 +194,28 @@ class Scoring:
 
     def _reply(self, asked: Asked) -> Reply:
         """Settle what it cost; the scores, if there are any."""
-        driver, job = self.driver, asked.job
-        meter = job.account.meter
+        job, unit, meter = asked.job, self.books.unit, asked.job.account.meter
         if asked.held and asked.charge is not None:
-            unit = driver.budget.unit
             meter.settle(asked.held, spent_in(unit, asked.charge) if unit != "seconds" else 0.0)
-            driver.closing.charge(job, asked.charge)
-            driver.ledger.write_scores(job.problem.id, asked.digest, asked.scores, asked.charge)
+            self.books.charge(job, asked.charge)
+            self.books.ledger.write_scores(job.problem.id, asked.digest, asked.scores, asked.charge)
             self._longest = max(self._longest, asked.seconds)
         if asked.error is not None:
             job.trouble = f"reward: {named(asked.error)}"
-            driver.decide(job, "no scores", job.trouble, 0.0)
+            self.books.decide(job, "no scores", job.trouble, 0.0)
         return Reply(scores=asked.scores or (), remaining=meter.remaining)
 
     def _give_up(self, asked: Asked) -> None:
         asked.given_up = True
         if asked in self._waiting:
             self._waiting.remove(asked)
-        self.driver.decide(asked.job, "no scores", "they would come too late", 0.0)
+        self.books.decide(asked.job, "no scores", "they would come too late", 0.0)
 
     def _tell(self, asked: Asked) -> None:
-        driver, job = self.driver, asked.job
-        reply = self._reply(asked)
+        job, reply = asked.job, self._reply(asked)
         if job.failed or job.outcome is not None:
             return
         try:
-            driver.advance(job, reply)
+            self.desk.advance(job, reply)
         except Exception as error:
-            driver.blame(job, error)
+            self.desk.blame(job, error)

@@ -139,7 +139,7 @@ def test_eflops_stay_under_the_budget(options: dict[str, object]) -> None:
         assert run.summary()["overrun"] == 0
         for branch in result.branches:
             made = branch.completion
-            alone = run.driver.pricer.most(
+            alone = run.driver.cashier.pricer.most(
                 "eflops", asked(run, method), made.prompt_tokens, made.output_tokens, done=made.output_tokens,
                 reads=made.weight_reads or 0.0,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PlainJudge, make_problems
-from tests.driving import make_driver, total
+from tests.driving import jobs_of, make_driver, total
 from ttc.budget import Budget, Unit
 from ttc.engine.course import Course
 from ttc.engine.fake import CLOSE as FAKE_CLOSE
@@ -239,7 +239,7 @@ def test_anytime_answers_keep_any_budget(seed: int) -> None:
     unit: Unit = rng.choice(["tokens", "eflops", "dollars"])
     policy = parse(rng.choice(["adaptive?probe_every=7&width=3&after=0.1", "parallel-probe?n=4&every=9"]))
     rich, problems = make_driver(engine, policy, Budget(1e18, unit)), make_problems(4)
-    least = rich.cashier.most(rich.prepare(problems)[0][0], Request(problems[0], 0, 0, 40, probe_every=7), 40)
+    least = rich.cashier.most(jobs_of(rich, problems)[0], Request(problems[0], 0, 0, 40, probe_every=7), 40)
     driver = make_driver(
         engine, policy, Budget(least * rng.uniform(1, 30), unit, rng.choice(["problem", "run"]))
     )

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import make_driver, total
+from tests.driving import jobs_of, make_driver, total
 from ttc.budget import Budget, Unit
 from ttc.checks import check_control, check_reward
 from ttc.costmodel import ModelShape
@@ -222,7 +222,7 @@ def test_any_budget_is_kept_and_the_answer_still_comes(seed: int) -> None:
     name = rng.choice(["beam?n=4&width=2", "dvts?n=6&width=3", "particles?n=5"])
     policy = parse(f"{name}&tokens={rng.randint(3, 30)}&most={rng.randint(1, 9)}")
     try:
-        make_driver(engine, policy, Budget(1e-30, unit), cap=150).prepare(make_problems(3))
+        jobs_of(make_driver(engine, policy, Budget(1e-30, unit), cap=150), make_problems(3))
     except BudgetTooSmall as error:
         least = error.least
     driver = make_driver(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import ttc
 from tests.conftest import make_problems
-from tests.driving import make_driver, total
+from tests.driving import jobs_of, make_driver, total
 from ttc.api import Run, Settings
 from ttc.budget import Budget, Unit
 from ttc.checks import check_control
@@ -150,7 +150,7 @@ def test_plain_holds_least_and_cap_and_total() -> None:
         assert all(30 < b.completion.output_tokens <= 50 + 8 for b in result.branches)
     engine = FakeEngine(random_writer(mean_thinking=1e9))
     driver = make_driver(engine, parse("plain?total=40&n=4"), Budget(5000.0, "tokens"), cap=100)
-    driver.base_brief = replace(driver.base_brief, room_tokens=engine.room_tokens)
+    driver.brief = replace(driver.brief, room_tokens=engine.room_tokens)
     for result in driver.run(make_problems(3)):
         assert all(b.completion.output_tokens <= 40 for b in result.branches)
         assert all(b.usable for b in result.branches)
@@ -356,7 +356,7 @@ def test_steered_policies_keep_any_budget(seed: int) -> None:
     unit = rng.choice(["tokens", "eflops", "dollars"])
     engine = FakeEngine(random_writer(mean_thinking=30, p_fail=0.1), concurrency=rng.randint(1, 6))
     driver = make_driver(engine, parse(text), Budget(1.0, "tokens"), cap=80)
-    jobs, _ = make_driver(engine, parse(text), Budget(1e18, unit), cap=80).prepare(make_problems(3))  # type: ignore[arg-type]
+    jobs = jobs_of(make_driver(engine, parse(text), Budget(1e18, unit), cap=80), make_problems(3))  # type: ignore[arg-type]
     least = max(driver.cashier.pricer.most(unit, j.brief.request(j.problem, 0), 60, 9) for j in jobs)  # type: ignore[arg-type]
     run = make_driver(engine, parse(text), Budget(least * rng.uniform(1.0, 40.0), unit), cap=80)  # type: ignore[arg-type]
     results = list(run.run(make_problems(3)))
