@@ -318,15 +318,16 @@ class Driver:
 
     def _crowding(self) -> str:
         """What keeps the first branches from filling the engine, where that is the money that is held for them."""
-        free = self.engine.info.concurrency - len(self.flights)
+        running = len(self.flights.aloft)
+        free = self.engine.info.concurrency - running
         waiting = [job for job in self._parked if job.pending and not self.steering.too_far_ahead(job)]
-        if free <= 0 or not waiting or not self.flights:
+        if free <= 0 or not waiting or not running:
             return ""
-        if len(self.flights) >= sum(len(job.pending) for job in waiting):
+        if running >= sum(len(job.pending) for job in waiting):
             return ""  # most of what is wanted runs
         account = waiting[0].account
         pending = sum(len(job.pending) for job in waiting if job.account is account)
-        return self.cashier.crowding(waiting[0], len(self.flights), account.flights + min(pending, free))
+        return self.cashier.crowding(waiting[0], running, account.flights + min(pending, free))
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
