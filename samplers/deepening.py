@@ -36,23 +36,3 @@ def checkpoints(
         found.append(size)
         k += 1
     return tuple(found)
-
-
-def most_triggers(
-    first: int, growth: float, limit: int, *, trigger_tokens: int = 1, incremental: bool = False
-) -> int:
-    """A bound on the triggers in a thought of at most ``limit`` tokens (so overhead is at most this times the trigger's length).
-
-    Total, growth g > 1: the k-th checkpoint lies at ceil(B0 g^k) >= B0 g^k, and is used only if it is below ``limit``; so
-    k < log_g(limit / B0), and there are at most 1 + floor(log_g(limit / B0)). Total, g = 1: a checkpoint every B0 tokens,
-    floor((limit - 1) / B0). Incremental: before the K-th trigger lie sum_{k<K} B0 g^k = B0 (g^K - 1) / (g - 1) new tokens (B0 K for
-    g = 1) and K - 1 triggers; so K <= log_g(1 + (limit / B0)(g - 1)) (limit / (B0 + t) + 1 for g = 1, t the trigger's tokens).
-    As a share of the thought, the overhead of total checkpoints falls as log(L) / L; that of the uniform baseline stays at t / B0.
-    """
-    if limit <= first:
-        return 0
-    if growth == 1:
-        return (limit + trigger_tokens) // (first + trigger_tokens) if incremental else (limit - 1) // first
-    if incremental:
-        return math.floor(math.log(1 + limit / first * (growth - 1), growth) + 1e-9)
-    return 1 + math.floor(math.log(limit / first, growth) + 1e-9)

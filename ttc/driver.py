@@ -48,6 +48,7 @@ from ttc.types import (
     Result,
     Score,
     Steer,
+    Work,
 )
 from ttc.watch import RETRIES, Watch
 
@@ -243,24 +244,19 @@ class Driver:
                     raise TypeError(f"its run returned {end.value!r}, which is no Outcome") from None
                 self.finish(job, end.value)
                 return
-            if isinstance(work, Score):
-                reply = self.scoring.ask(job, work)
-                if reply is None:
-                    return
-                continue
-            if isinstance(work, Steer):
-                reply = self.steering.do(job, work)
-                if reply is None:
-                    return
-                continue
-            if not isinstance(work, Generate):
-                raise TypeError(f"its run yielded {work!r}, which is no Generate, Score or Steer")
-            if not work.requests:
-                reply = Reply(remaining=job.account.meter.remaining)
-                continue
-            reply = self._accept(job, work)
+            reply = self._do(job, work)
             if reply is None:
                 return
+
+    def _do(self, job: Job, work: Work) -> Reply | None:
+        """Take on a piece of work; the reply, if it is there at once."""
+        if isinstance(work, Score):
+            return self.scoring.ask(job, work)
+        if isinstance(work, Steer):
+            return self.steering.do(job, work)
+        if not isinstance(work, Generate):
+            raise TypeError(f"its run yielded {work!r}, which is no Generate, Score or Steer")
+        return self._accept(job, work) if work.requests else Reply(remaining=job.account.meter.remaining)
 
     def _accept(self, job: Job, work: Generate) -> Reply | None:
         """Take on ``work``; a reply, if an earlier session has done all of it."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from ttc.engine.protocol import EngineInfo
 from ttc.errors import InputError
 from ttc.jobs import Traits
 from ttc.policies import parse
-from ttc.samplers.deepening import checkpoints, most_triggers
+from ttc.samplers.deepening import checkpoints
 from ttc.types import (
     Brief,
     Control,
@@ -50,6 +50,26 @@ def begun(at: tuple[int, ...], limit: int, trigger: int, *, incremental: bool) -
             course.arrive()
         course.output.append(course.force() if course.forcing() else len(course.output) + 100)
     return course.begun, course.output.count(9)
+
+
+def most_triggers(
+    first: int, growth: float, limit: int, *, trigger_tokens: int = 1, incremental: bool = False
+) -> int:
+    """A bound on the triggers in a thought of at most ``limit`` tokens (so overhead is at most this times the trigger's length).
+
+    Total, growth g > 1: the k-th checkpoint lies at ceil(B0 g^k) >= B0 g^k, and is used only if it is below ``limit``; so
+    k < log_g(limit / B0), and there are at most 1 + floor(log_g(limit / B0)). Total, g = 1: a checkpoint every B0 tokens,
+    floor((limit - 1) / B0). Incremental: before the K-th trigger lie sum_{k<K} B0 g^k = B0 (g^K - 1) / (g - 1) new tokens (B0 K for
+    g = 1) and K - 1 triggers; so K <= log_g(1 + (limit / B0)(g - 1)) (limit / (B0 + t) + 1 for g = 1, t the trigger's tokens).
+    As a share of the thought, the overhead of total checkpoints falls as log(L) / L; that of the uniform baseline stays at t / B0.
+    """
+    if limit <= first:
+        return 0
+    if growth == 1:
+        return (limit + trigger_tokens) // (first + trigger_tokens) if incremental else (limit - 1) // first
+    if incremental:
+        return math.floor(math.log(1 + limit / first * (growth - 1), growth) + 1e-9)
+    return 1 + math.floor(math.log(limit / first, growth) + 1e-9)
 
 
 @given(
@@ -90,7 +110,7 @@ def test_growth_of_any_size_has_its_checkpoints() -> None:
     """Just above 1 every token is one, as the formula says, and it does not take the formula's millions of steps."""
     assert checkpoints(1, 1.0000001, 50) == tuple(range(1, 50))
     assert checkpoints(20, 1.001, 64) == tuple(
-        sorted({ceil(20 * 1.001**k) for k in range(1200)} - {*range(64, 99)})
+        sorted({math.ceil(20 * 1.001**k) for k in range(1200)} - {*range(64, 99)})
     )
     for growth in (1e9, 1e300, 1.7e308):
         assert checkpoints(20, growth, 4096) == (20,)
