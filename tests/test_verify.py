@@ -365,6 +365,22 @@ def test_a_hostile_vote_costs_its_time_once(monkeypatch: pytest.MonkeyPatch) -> 
     made.close()
 
 
+def test_on_a_budget_of_seconds_votes_wait_for_no_import() -> None:
+    from ttc.judge import Jury
+    from ttc.types import AnswerFormat
+    from ttc.verifiers import HURRIED_LIMIT_S
+
+    jury, posed = Jury(AnswerFormat(), hurried=True), problem("7", "math")
+    jury.start([posed])
+    voting = jury._voting["math"]
+    assert isinstance(voting, Math)
+    assert voting._limit_s == HURRIED_LIMIT_S
+    for child in (voting._sandbox._child, voting._sandbox._next):
+        assert child is not None
+        assert child._greeted, "its imports are done, and those of what takes its place"
+    jury.close()
+
+
 def test_names() -> None:
     assert [type(verifier(name)) for name in ("exact", "math", "rg")] == [Exact, Math, ReasoningGym]
     assert all(isinstance(verifier(name), Verifier) for name in ("exact", "math", "rg"))

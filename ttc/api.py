@@ -187,7 +187,7 @@ class Run:
             kv_method=self.kv.method if self.kv is not None else None,
             room_tokens=engine.room_tokens,
         )
-        self.jury = Jury(info.format)
+        self.jury = Jury(info.format, hurried=self.budget.unit == "seconds")
         cashier = Cashier(self.budget, pricer, engine, clock)
         opened = open_jobs(self.problems, self.policy, brief, cashier)  # before anything is written
         if opened.refused:

@@ -56,11 +56,16 @@ class Sandbox:
             return reply["value"]
         raise (InputError if reply.get("input") else VerifierError)(reply["error"])
 
-    def start(self) -> None:
-        """Start the child, if there is none, and don't wait for its imports: the first call does."""
+    def start(self, *, ready: bool = False) -> None:
+        """Start the child, if there is none, and don't wait for its imports: the first call does. ``ready``: wait for them, and
+        have another stand by, so that no call has to. Raises InputError if they fail."""
         with self._lock:
             self._mine()
             self._child = self._child or _Child(self.library)
+            if ready:
+                self._next = self._next or _Child(self.library)
+                self._child.greet()
+                self._next.greet()
 
     @property
     def pid(self) -> int | None:

@@ -16,7 +16,9 @@ from ttc.types import Problem, Verdict
 LIMIT_S = 5.0
 """Seconds by the clock that one answer may take, whatever else the machine does (a common one takes a few milliseconds)."""
 VOTE_LIMIT_S = 2.0
-"""The same for comparing two answers of a vote, which the engine waits for: one that takes longer is an answer of its own."""
+HURRIED_LIMIT_S = 0.25
+"""The same for comparing two answers of a vote, which the engine waits for (the second: on a budget of seconds). One that takes
+longer is an answer of its own."""
 LONGEST_ANSWER = 20_000
 LONGEST_EXPRESSION = 2_000
 """Characters, of any answer and of one that needs algebra. Longer text is a model gone astray, and would
@@ -56,9 +58,9 @@ class Math:
         self._limit_s = limit_s
         self._sandbox = Sandbox("math")
 
-    def start(self) -> None:
-        """Start the algebra's process now rather than at the first answer that needs it."""
-        self._sandbox.start()
+    def start(self, *, ready: bool = False) -> None:
+        """Start the algebra's process now rather than at the first answer that needs it; see ``Sandbox.start``."""
+        self._sandbox.start(ready=ready)
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         gold = _gold(problem)
@@ -108,9 +110,9 @@ class ReasoningGym:
         self._limit_s = limit_s
         self._sandbox = take("rg")
 
-    def start(self) -> None:
-        """Start the scorer's process now rather than at the first verdict."""
-        self._sandbox.start()
+    def start(self, *, ready: bool = False) -> None:
+        """Start the scorer's process now rather than at the first verdict; see ``Sandbox.start``."""
+        self._sandbox.start(ready=ready)
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         task, entry = self._task(problem), problem.meta["entry"]
