@@ -89,13 +89,14 @@ def calibrate(
     if out is not None:
         _check_writable(out)  # before minutes of measuring
     from ttc.attention.settings import DEFAULT_METHOD
+    from ttc.engine.model import hollow_model
     from ttc.engine.stepper import ENGINE_ARGS, VLLMStepper
     from ttc.engine.vllm import VLLMEngine
 
     with tempfile.TemporaryDirectory() as scratch:
         target, extra = model, {}
         if random_weights:
-            target, extra = str(_hollow_model(model, Path(scratch), room)), {"load_format": "dummy"}
+            target, extra = str(hollow_model(model, Path(scratch), room)), {"load_format": "dummy"}
         extra = {**ENGINE_ARGS, **extra, **told}
         running = VLLMEngine(
             target, concurrency=max(sizes), context=room, engine_args=extra,
@@ -203,37 +204,6 @@ def _compare_counters(shape: ModelShape, counted: Sequence[tuple[Any, Any]]) -> 
         row |= {"bytes_ratio": theirs / moved, "bytes_ratio_without_activations": kept / moved}
         rows.append(row)
     return rows
-
-
-def _hollow_model(model: str, folder: Path, context: int) -> Path:
-    """A folder that vLLM loads with drawn weights: the model's config and a nano model's tokenizer."""
-    import shutil
-
-    from ttc import nano
-    from ttc.costmodel.shapes import published_config
-
-    file = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    config = json.loads(file.read_text()) if file.is_file() else published_config(model)
-    architectures = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-    kind = str(config.get("model_type"))
-    if "architectures" not in config and kind not in architectures:
-        raise InputError(
-            f"--random-weights: {model} is {kind}; dense qwen2, qwen3 and llama shapes can be drawn"
-        )
-    config = {
-        "architectures": [architectures.get(kind, "")],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        **config,
-    }
-    config |= {"hidden_act": "silu", "max_position_embeddings": max(context, 4096)}
-    (folder / "config.json").write_text(json.dumps(config))
-    donor = next(iter(nano.catalog()), None)
-    if donor is None:
-        raise InputError("--random-weights borrows a tokenizer from a nano model, and none is installed")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(donor.path) / name, folder / name)
-    return folder
 
 
 def _machine() -> dict[str, str]:

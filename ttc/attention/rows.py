@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ttc.attention.steps import Planner
 
-COUNTS: dict[int, list[float]] = {}  # counter key -> KV tokens skipped, page vectors scored (see Row.count)
+COUNTS: dict[int, list[float]] = {}
+"""Counter key -> KV tokens skipped, page vectors scored (see ``Row.count``), and of these what the last step added."""
 _BATCHES: dict[int, Batch] = {}
 
 
@@ -37,6 +38,7 @@ class Row:
         if counts is not None:
             counts[0] += skipped
             counts[1] += scored
+            counts[2:] = skipped, scored
 
 
 class Batch:

@@ -169,7 +169,7 @@ class _Turns:
         """Seconds of ``steps`` steps under a budget (None: dense), set for all rows as their requests would have set it."""
         from ttc.attention.rows import COUNTS, Row
 
-        count = COUNTS.setdefault(-1, [0.0, 0.0])
+        count = COUNTS.setdefault(-1, [0.0, 0.0, 0.0, 0.0])
         before = count[0]
         if budget is not None and budget not in self.rows:
             setting = KvSetting(budget, self.cell.method)

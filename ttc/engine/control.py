@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from ttc.engine.course import FAR, Course
@@ -45,6 +46,9 @@ CACHED = 1 << 19
 """Numbers that a pass over the vocabulary takes at a time on a CPU, so that they stay in its cache."""
 COLDEST = 1e-5
 """Below this temperature vLLM is greedy."""
+NEVER_WRITTEN = "\N{SYMBOL FOR NULL}" * 32
+"""A word that a server is told to keep from: where it schedules ahead, it fetches each token in time for requests with such words
+(it must, to know when one would be complete), and for those with nothing but instructions for us it would not."""
 CERTAIN = 1e30
 """The logit of a forced token; finite also after a division by the least temperature."""
 
@@ -72,6 +76,11 @@ class Control(Course):
     log_prob: float = 0.0
     self_certainty: float = 0.0
     scored: int = 0
+    latest: tuple[int, float, float] = (
+        0,
+        0.0,
+        0.0,
+    )  # output length at the last token in the sums, and what it added
 
 
 CONTROLS: dict[int, Control] = {}
@@ -140,6 +149,21 @@ def read_instructions(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | 
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] must be a mapping, got {given!r}")
     return given
+
+
+class SeesTokens(LogitsProcessor):  # type: ignore[misc]  # vLLM is not type-checked here
+    """Does nothing. Where vLLM schedules ahead (GPUs), it fetches each token in time for the processors that its configuration
+    names, and not for those that it finds by their entry point, as ours: the engine names this one."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None: ...
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None: ...
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
 
 
 class _Group:
@@ -211,6 +235,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             Control.of(instructions)
         except ValueError as error:
             raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}']: {error}") from None
+        if not sampling_params.bad_words and current_platform.is_cuda_alike():
+            sampling_params.bad_words = [NEVER_WRITTEN]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
@@ -224,6 +250,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
         self.closed: list[Control] = []  # just closed: no end may follow
         self.decided: list[Control] = []  # by the last step's logits
+        self.inserted: list[Control] = []  # on the controller's word, when a token was still under way
         self.draws = Draws()
         self.ties = 0
 
@@ -245,6 +272,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             for key, control in list(_STEERED.items()):
                 if control.row >= 0 and self.rows.get(control.row) is control:
                     del _STEERED[key]
+                    if control.output and control.output[-1] < 0:
+                        self.inserted.append(control)
                     self._follow(control)
                 elif key not in CONTROLS and key not in _ROWS:
                     del _STEERED[key]
@@ -348,6 +377,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         for control in self.decided:
             control.take_back()
         self.decided.clear()
+        for control in self.inserted:
+            control.unless_closed()
+        self.inserted.clear()
         if self.forcing:
             self._release()
         while self.agenda and self.agenda[0][0] <= self.clock:
@@ -459,6 +491,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                     control.log_prob += value
                     control.self_certainty += sure
                     control.scored += 1
+                    control.latest = before[i][1] + 1, value, sure
             self.last = None
         live = [c for c in self.measured if not c.forcing()]
         if live:
@@ -525,10 +558,14 @@ def _truncated(own: torch.Tensor, ids: Sequence[int], control: Control) -> float
 
 
 def confidence(control: Control) -> tuple[float | None, float | None]:
-    """(mean log-probability, self-certainty) of a branch, in nats a token; None where nothing was measured."""
-    if not control.signals or not control.scored:
+    """(mean log-probability, self-certainty) of a branch that has ended, in nats a token; None where nothing was measured. Where
+    vLLM runs a step ahead, its last token has been seen as well, and is taken out again."""
+    at, value, sure = control.latest
+    last = bool(at) and at >= len(control.output)
+    scored = control.scored - last
+    if not control.signals or scored < 1:
         return None, None
-    return control.log_prob / control.scored, control.self_certainty / control.scored
+    return (control.log_prob - last * value) / scored, (control.self_certainty - last * sure) / scored
 
 
 def instructions(control: Control) -> dict[str, Any]:

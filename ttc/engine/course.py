@@ -91,6 +91,15 @@ class Course:
         end = self.think_close
         return bool(end) and (self.output[-len(end) :] == end if self.output else self.bare)
 
+    def written(self) -> list[int]:
+        """The output as far as it is known: where vLLM schedules ahead, it holds a place (-1) for the token under way."""
+        return self.output[:-1] if self.output and self.output[-1] < 0 else list(self.output)
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far."""
+        return len(self.output) - bool(self.output and self.output[-1] < 0)
+
     @property
     def forced(self) -> int:
         """Tokens inserted so far."""
@@ -180,6 +189,19 @@ class Course:
         self._begin(ids)
         self.inserted += 1
         return True
+
+    def unless_closed(self) -> None:
+        """Take back the controller's text if the token that was under way when it came has ended the thought."""
+        here = len(self.output)
+        if (
+            self.span
+            and self.span_at == here
+            and not self.done
+            and self.spans[-1:] == [(here, len(self.span))]
+            and self.thought_closed()
+        ):
+            self.span, self.inserted = [], self.inserted - 1
+            self.spans.pop()
 
     def decide(self) -> None:
         """What is begun now rests on logits, and those of a prefill that is cut are of another position: no token will follow."""

@@ -154,3 +154,35 @@ def _digest(file: Path, digest: hashlib._Hash | None = None) -> hashlib._Hash:
             return digest
     digest.update(file.read_bytes())
     return digest
+
+
+def hollow_model(model: str, folder: Path, context: int) -> Path:
+    """A folder that vLLM loads with drawn weights: the model's config (a published shape, or a folder's) and a nano model's
+    tokenizer. Raises InputError for a shape that can't be drawn."""
+    import shutil
+
+    from ttc import nano
+    from ttc.costmodel.shapes import published_config
+
+    file = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    config = json.loads(file.read_text()) if file.is_file() else published_config(model)
+    architectures = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+    kind = str(config.get("model_type"))
+    if "architectures" not in config and kind not in architectures:
+        raise InputError(
+            f"--random-weights: {model} is {kind}; dense qwen2, qwen3 and llama shapes can be drawn"
+        )
+    config = {
+        "architectures": [architectures.get(kind, "")],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        **config,
+    }
+    config |= {"hidden_act": "silu", "max_position_embeddings": max(context, 4096)}
+    (folder / "config.json").write_text(json.dumps(config))
+    donor = next(iter(nano.catalog()), None)
+    if donor is None:
+        raise InputError("--random-weights borrows a tokenizer from a nano model, and none is installed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(donor.path) / name, folder / name)
+    return folder

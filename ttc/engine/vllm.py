@@ -213,7 +213,7 @@ class VLLMEngine:
         running = self._running.get(ticket)
         if running is not None and self._info.probe_tokens is not None:
             if self._in_process:
-                running.tokens = len(running.control.output)
+                running.tokens = running.control.length
             self._looked_at.add(ticket)
             self._forks.ask(running, start, every)
 
@@ -289,12 +289,16 @@ class VLLMEngine:
         try:
             if not self._in_process:
                 self._words.send()
-            self._stats.step_tokens = 0
+            self._stats.step_tokens, before = 0, self._stats.steps
             outputs = self._llm.step()
         except Exception as error:
             raise EngineError(f"vLLM stopped: {one_line(error)}") from error
         if self._in_process:
-            self._follow_controls(outputs, report)
+            if (
+                self._stats.steps > before
+            ):  # else vLLM has begun a first step, and ends it while the next runs
+                self._follow_controls(outputs, report)
+            report.progress, report.standing = _Places(self._running), True
         else:
             self._follow_outputs(outputs, report)
         return report
@@ -308,7 +312,7 @@ class VLLMEngine:
         share = 1.0 / moved if moved else 0.0
         if moved != len(self._running):
             for ticket, running in self._running.items():
-                if ticket not in ended and len(running.control.output) <= passes.steps - running.missed:
+                if ticket not in ended and running.control.length <= passes.steps - running.missed:
                     running.missed, running.unread = running.missed + 1, running.unread + share
         passes.steps, passes.reads = passes.steps + 1, passes.reads + share
         for ticket, output in ended.items():
@@ -323,14 +327,13 @@ class VLLMEngine:
             report.finished.append((ticket, self._completion(ticket, _finish(output))))
         for ticket in sorted(self._looked_at):
             running = self._running[ticket]
-            running.tokens = len(running.control.output)
+            running.tokens = running.control.length
             if running.limit is not None and running.tokens >= running.limit:
                 self._llm.abort_request([str(ticket)])  # its answer outgrew the room that steering left
-                running.ids = list(running.control.output)
+                running.ids = running.control.written()
                 report.finished.append((ticket, self._completion(ticket, "length")))
             elif running.probe_every:
                 self._forks.look(ticket, running)
-        report.progress, report.standing = _Places(self._running), True
 
     def _follow_outputs(self, outputs: Sequence[Any], report: StepReport) -> None:
         """With worker processes: an output for every branch and step."""
@@ -373,12 +376,13 @@ class VLLMEngine:
         if running.fork:
             self._forks.end(running)
         control = running.control
+        ahead = len(control.output) > len(running.ids)  # its next step is under way, for a token thrown away
+        control.output = running.ids
         CONTROLS.pop(control.key or 0, None)
-        skipped, scored = self._kv_counts(running)
+        skipped, scored = self._kv_counts(running, ahead)
         mean_logprob, self_certainty = confidence(control)
         if not self._in_process:
             self._words.forget(running)
-            control.output = running.ids
             control.read_back()
         forced = min(control.forced, len(running.ids))
         return Completion(
@@ -401,13 +405,16 @@ class VLLMEngine:
             self_certainty=self_certainty,
         )
 
-    def _kv_counts(self, running: Running) -> tuple[float | None, float]:
-        """KV tokens skipped and page vectors scored; None where they were not counted (dense, or in another process)."""
+    def _kv_counts(self, running: Running, ahead: bool) -> tuple[float | None, float]:
+        """KV tokens skipped and page vectors scored, without the step that is ``ahead``; None where they were not counted (dense,
+        or in another process)."""
         if running.kv is None:
             return None, 0.0
         from ttc.attention.rows import COUNTS
 
-        skipped, scored = COUNTS.pop(running.control.key or 0, (0.0, 0.0))
+        skipped, scored, *last = COUNTS.pop(running.control.key or 0, (0.0, 0.0, 0.0, 0.0))
+        if ahead:
+            skipped, scored = skipped - last[0], scored - last[1]
         return (skipped if self._in_process else None), scored
 
     def steer(self, ticket: int, word: Literal["close"]) -> None:
@@ -438,7 +445,7 @@ class VLLMEngine:
         self._llm.abort_request([str(ticket) for ticket in live])
         if self._in_process:
             for ticket in live:
-                self._running[ticket].ids = list(self._running[ticket].control.output)
+                self._running[ticket].ids = self._running[ticket].control.written()
         self._ended.extend((ticket, self._completion(ticket, "abort")) for ticket in live)
 
     def counters(self) -> Counters:
@@ -463,7 +470,7 @@ class _Places(Mapping[int, Progress]):
         running = self._running[ticket]
         if running.parent:
             raise KeyError(ticket)
-        return Progress(len(running.control.output), running.reads)
+        return Progress(running.control.length, running.reads)
 
     def __iter__(self) -> Iterator[int]:
         return iter([ticket for ticket, running in self._running.items() if not running.parent])
@@ -478,7 +485,7 @@ def _kv_args(kv: KvSetting | None, control: Control) -> dict[str, Any]:
         return {}
     from ttc.attention.rows import COUNTS
 
-    COUNTS.setdefault(control.key or 0, [0.0, 0.0])
+    COUNTS.setdefault(control.key or 0, [0.0, 0.0, 0.0, 0.0])
     return kv.extra_args(control.key)
 
 

@@ -86,7 +86,7 @@ class Forks:
         control = branch.control
         if branch.fork:
             fork = self.running[branch.fork]
-            if self.sees_rows and control.row < 0 and not fork.control.output:
+            if self.sees_rows and control.row < 0 and not fork.control.length:
                 self.end(
                     branch
                 )  # preempted, so it has no KV to share: a fork that has not begun is not begun
@@ -99,7 +99,7 @@ class Forks:
         branch.next_probe = (branch.tokens // branch.probe_every + 1) * branch.probe_every
         self.made += 1
         branch.fork = -self.made
-        written = list(control.output)
+        written = control.written()
         ids = branch.context + written
         started = self.start(branch.fork, ids, branch)
         fork = self.running[branch.fork] = Running.begin(started, ids, self.passes)
@@ -123,7 +123,7 @@ class Forks:
         CONTROLS.pop(fork.control.key or 0, None)
         if not whole:
             self.cancel(ticket)
-            fork.ids = fork.ids or list(fork.control.output)
+            fork.ids = fork.ids or fork.control.written()
             fork.cached = (len(fork.context) - 1) // self.block * self.block
         if fork.ids:
             parent.forks.append(Fork(len(fork.context), fork.cached, len(fork.ids), fork.reads))

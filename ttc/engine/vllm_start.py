@@ -16,6 +16,7 @@ from ttc.engine.model import ModelFiles
 from ttc.errors import EngineError, InputError
 
 WORKER_EXTENSION = "ttc.engine.control.WordsForWorkers"
+SEES_TOKENS = "ttc.engine.control:SeesTokens"
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -101,7 +102,7 @@ def start(
         "max_model_len": length,
         "max_num_seqs": concurrency + max(1, concurrency // 8),  # the rest is for anytime answers
         "enable_prefix_caching": True,
-        "async_scheduling": False,  # the processor reads each token before the next step
+        "async_scheduling": _ahead(on_cpu, extra),
         "use_tqdm_on_load": False,
         "generation_config": "vllm",  # sampling is the request's, never the model folder's
         "worker_extension_cls": WORKER_EXTENSION,  # how the controller's word reaches worker processes
@@ -117,12 +118,24 @@ def start(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args |= stats.where_counted(vllm) | dict(extra)
+            args |= dict(extra)
+            ahead = bool(args["async_scheduling"]) and not on_cpu  # vLLM turns it off there
+            args = stats.where_counted(vllm, ahead=ahead) | args
+            if ahead:
+                args["logits_processors"] = [*args.get("logits_processors", ()), SEES_TOKENS]
             engine_args = vllm.EngineArgs(**args)
             llm_engine = vllm.v1.engine.llm_engine.LLMEngine
             return llm_engine.from_engine_args(engine_args, stat_loggers=[stats.logger()])
     except Exception as error:
         raise EngineError(f"vLLM can't start {files.name}: {one_line(error)}") from error
+
+
+def _ahead(on_cpu: bool, extra: Mapping[str, Any]) -> bool:
+    """Whether vLLM schedules a step while the one before runs. On a GPU that hides its host time, and the processor still reads
+    each token before the next is drawn (``SeesTokens``). Its CPU backend can't; with worker processes the
+    controller's words would come a step later still, and nobody has tried that."""
+    several = any(int(extra.get(f"{kind}_parallel_size") or 1) > 1 for kind in ("tensor", "pipeline", "data"))
+    return not on_cpu and not several and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
 
 
 def _kv_space_gib(files: ModelFiles, concurrency: int, length: int) -> int:
@@ -146,16 +159,18 @@ class Stats:
         ) = 0
         self.step_tokens = 0  # of the last step
 
-    def where_counted(self, vllm: Any) -> dict[str, Any]:
-        """The engine arguments that make vLLM count here."""
+    def where_counted(self, vllm: Any, *, ahead: bool) -> dict[str, Any]:
+        """The engine arguments that make vLLM count here; ``ahead``: it schedules a step while the one before runs."""
         if vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING:
             return {"disable_log_stats": False}
-        return {"disable_log_stats": True, "scheduler_cls": self._scheduler()}
+        return {"disable_log_stats": True, "scheduler_cls": self._scheduler(ahead)}
 
-    def _scheduler(self) -> Any:
-        from vllm.v1.core.sched.scheduler import Scheduler
+    def _scheduler(self, ahead: bool) -> Any:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler as InTurn
 
         stats = self
+        Scheduler: Any = AsyncScheduler if ahead else InTurn
 
         class Counting(Scheduler):  # type: ignore[misc]  # vLLM is not type-checked here
             def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
