@@ -28,7 +28,8 @@ def _arm(told: dict[str, Any]) -> None:
     """One arm: a line when it is ready, then the job once for each line of its standard input."""
     out, sys.stdout = sys.stdout, sys.stderr
     arguments = {
-        "load_format": "dummy", "gpu_memory_utilization": told["memory"], "max_model_len": 2048, "max_num_seqs": told["at_once"],
+        "load_format": "dummy", "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": told["kv_gib"] << 30,
+        "max_model_len": 2048, "max_num_seqs": told["at_once"],
         "async_scheduling": not told["arm"].endswith("in turn"), "enable_prefix_caching": True, "generation_config": "vllm",
         "kernel_config": {"enable_jit_warmup": False},
         "compilation_config": {
@@ -125,7 +126,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each sample")
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", type=float, default=0.18, help="share of the card for each arm")
+    parser.add_argument("--kv-gib", type=int, default=6, help="GiB of KV cache for each arm")
     parser.add_argument("--arms", default=",".join(ARMS), help="which, in this order")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -143,13 +144,14 @@ def main(arguments: list[str]) -> None:
         folder = hollow_model(told.model, Path(place), 4096)
         job = {
             "folder": str(folder), "problems": told.problems, "samples": told.samples, "tokens": told.tokens,
-            "at_once": told.at_once, "memory": told.memory,
+            "at_once": told.at_once, "kv_gib": told.kv_gib,
         }  # fmt: skip
         children: dict[str, Child] = {}
         try:
-            for arm in arms:  # one after another: vLLM measures the card's free memory as it starts
+            for arm in arms:
                 children[arm] = Child(job | {"arm": arm})
-                children[arm].read()
+            for child in children.values():
+                child.read()
             for turn in range(told.rounds + 1):
                 for arm in arms if turn % 2 else reversed(arms):
                     children[arm].turn(counted=turn > 0)
