@@ -45,7 +45,7 @@ from ttc.engine.vllm import VLLMEngine
 from ttc.problems import from_task
 from ttc.types import Control, Request, Sampling
 
-problems = from_task("rg:chain_sum?min_terms=3&max_terms=6&min_digits=2&max_digits=2", 6, 0)
+problems = from_task("rg:chain_sum?min_terms=3&max_terms=6&min_digits=2&max_digits=2", 3, 0)
 WORK = {
     "caps": {"policy": "self-consistency?n=4", "max_thinking_tokens": 20},
     "confidence": {"policy": "best-of-n?n=4&score=mean-logprob"},

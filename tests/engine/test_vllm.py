@@ -27,6 +27,11 @@ def engine() -> Iterator[VLLMEngine]:
     opened.close()
 
 
+def ahead(engine: VLLMEngine) -> bool:
+    """Whether vLLM schedules a step while the one before runs (GPUs)."""
+    return bool(engine._llm.vllm_config.scheduler_config.async_scheduling)
+
+
 def sums(count: int, terms: int = 5, seed: int = 0) -> list[Problem]:
     rng = random.Random(seed)
     made = []
@@ -127,7 +132,8 @@ def test_cancelling_one_branch_leaves_the_others_alone(engine: VLLMEngine) -> No
     done: dict[int, Completion] = {}
     while len(done) < 4:
         done |= dict(engine.step().finished)
-    assert (done[2].finish, done[2].output_tokens) == ("abort", 5)
+    assert done[2].finish == "abort"
+    assert done[2].output_tokens == 5 - ahead(engine)  # the step under way is not the branch's any more
     assert {t: done[t].finish for t in (1, 3, 4)} == dict.fromkeys((1, 3, 4), "stop")
 
 
