@@ -125,7 +125,7 @@ class Adaptive:
     @property
     def traits(self) -> Traits:
         over = traits_of(self.over)
-        return Traits(needs=over.needs, control=over.control)
+        return Traits(needs=over.needs, control=over.control, ready=self._ready)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         price = self.price if brief.budget_scope == "problem" else self.price / RUN_FLOOR
@@ -168,6 +168,10 @@ class Adaptive:
         table = value_table(*outlook(self._prior, lengths, late, round(log(self.patience), 2)))
         (first, second), votes = ballot.top(), len(lengths)
         return table.price(first, second, votes) / ballot.cost(limit), table.sure(first, second, votes)
+
+    def _ready(self) -> None:
+        """The first table takes a fifth of a second, which would be the run's."""
+        value_table(*outlook(self._prior, (), 0, round(log(self.patience), 2)))
 
     @property
     def _prior(self) -> Prior:

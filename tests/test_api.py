@@ -264,3 +264,12 @@ def test_a_run_directory_names_the_task_of_its_problems(
     ]
     list(ttc.run(problems, engine=mixed(), policy="greedy", out=tmp_path / "run"))
     assert load(tmp_path / "run").task == told
+
+
+def test_what_a_policy_computes_once_is_there_before_the_clock_begins() -> None:
+    from ttc.policies.posterior import value_table
+
+    value_table.cache_clear()
+    this = Run(make_problems(1), FakeEngine(), Settings(policy="adaptive", budget="9 s"))
+    assert value_table.cache_info().currsize == 1
+    this.jury.close()

@@ -175,6 +175,8 @@ class Run:
             **({"intensity": settings.intensity} if settings.intensity is not None else {}), **settings.price,
         )  # fmt: skip
         self.policy = _planned(self.policy, self.budget, self.problems, engine, settings)
+        if (ready := traits_of(self.policy).ready) is not None:
+            ready()
         check_reward(self.policy, self.reward, self.budget.unit)
         check_needs(self.policy, info.signals, info.name)
         check_effort(self.policy, self.problems, engine)

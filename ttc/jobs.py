@@ -65,7 +65,8 @@ class Traits:
     with a prompt of its own to price. ``cap`` bounds its thoughts and ``total`` thought and answer together, in tokens (0: the
     run's bounds). ``text`` is put behind each problem's last message; ``step`` is the text that ends a step. ``control`` gives
     what is done to a chain that may think for so many tokens. ``check_room`` raises InputError for what finds no place in (tokens
-    of the answer's room, tokens of thinking). ``planned`` gives the policy with what it plans of a ``Situation``."""
+    of the answer's room, tokens of thinking). ``planned`` gives the policy with what it plans of a ``Situation``;
+    ``ready`` computes what it needs once, before a run's clock begins."""
 
     needs: tuple[str, ...] = ()
     efforts: tuple[float, ...] = ()
@@ -76,6 +77,7 @@ class Traits:
     control: Callable[[int], Control | None] | None = None
     check_room: Callable[[int, int], None] | None = None
     planned: Callable[[Situation], Policy] | None = None
+    ready: Callable[[], None] | None = None
 
 
 def traits_of(policy: object) -> Traits:
