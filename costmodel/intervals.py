@@ -63,10 +63,10 @@ def mean(values: ArrayLike) -> Estimate:
 def paired(differences: ArrayLike) -> Estimate:
     """The mean over problems of ``differences`` (P,) in [-1, 1] of two arms on the same problems.
 
-    For differences of -1, 0 and 1 it is the adjusted Wald interval of Bonett & Price (2012) with z² pseudo-problems, half of which
-    each arm wins. Elsewhere these differ by r, where r² is the mean square of the differences that are not 0 and of one more, of
-    1: a problem like those not seen yet may differ as much as those that did, and fully where none did. Differences that are all 0
-    thus give about ± 3.8 / P.
+    The mean ± z times its standard error. The variance is taken with z² pseudo-problems that differ from the mean by r, as Bonett &
+    Price (2012) add pairs that either arm wins; the centre stays where it is, so that a large gain is not drawn towards 0. r²
+    is the mean square of the differences that are not 0 and of one more, of 1: a problem like those not seen yet may differ as
+    much as those that did, and fully where none did. Differences that are all 0 thus give about ± 3.8 / P.
     """
     own = _checked(differences, -1.0, "a paired difference")
     return _estimate(own.mean(), *paired_bounds(own), own.size)
@@ -96,10 +96,11 @@ def mean_bounds(values: Array) -> tuple[Array, Array]:
 
 def paired_bounds(differences: Array) -> tuple[Array, Array]:
     """Both ends of ``paired``'s interval for differences (…, P)."""
-    total, squares = differences.shape[-1] + PSEUDO, np.square(differences).sum(axis=-1)
+    count, squares = differences.shape[-1], np.square(differences).sum(axis=-1)
     size = (squares + 1) / (np.count_nonzero(differences, axis=-1) + 1)
-    centre = differences.sum(axis=-1) / total
-    half = Z95 * np.sqrt(((squares + PSEUDO * size) / total - centre**2) / total)
+    centre = differences.mean(axis=-1)
+    variance = (squares - count * centre**2 + PSEUDO * size) / (count + PSEUDO)
+    half = Z95 * np.sqrt(variance / count)
     return np.maximum(centre - half, -1.0), np.minimum(centre + half, 1.0)
 
 

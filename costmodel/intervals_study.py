@@ -95,8 +95,11 @@ def means(share: float) -> list[Population]:
 
 def gaps() -> list[Population]:
     """Paired differences in [-1, 1]."""
+    gain = difficulties(0.3, 8.0)
     spread, wide = difficulties(0.6, 1.5), difficulties(0.7, 0.7)
     return [
+        _of_gaps("vote of 9 over one sample, 40 shuffles", _vote(difficulties(0.6, 6.0), 9), difficulties(0.6, 6.0), 40),
+        Population("all won, by 30 points on average", float(gain.mean()), lambda rng, who: gain[who]),
         _of_sizes("0/1: 20 % won, 10 % lost", [(0.2, 1.0), (0.1, -1.0)]),
         _of_sizes("0/1: 10 % won, none lost", [(0.1, 1.0)]),
         _of_sizes("0/1: 2 % won, 2 % lost", [(0.02, 1.0), (0.02, -1.0)]),

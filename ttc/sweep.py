@@ -22,9 +22,10 @@ UNBUDGETED = ("parallel-probe?n=4", "parallel-probe?n=8", "parallel-probe?n=16",
 def budgets(paths: Sequence[Path], *, shuffles: int = 20, say: Any = print) -> dict[str, Any]:
     """For each pool and policy its (budget or spent a problem, accuracy, standard error over shuffles) at each budget. Prints a
     table with ``adaptive``'s lead over each of the others, paired by problem, with its 95 % interval over problems; the last row
-    is the lead in the mean over all budgets, one comparison instead of many."""
+    is the lead in the mean over all budgets, one comparison instead of many, and at the end that of all pools' problems."""
     found: dict[str, Any] = {}
     ours, *others = POLICIES
+    together: dict[str, list[Any]] = {name: [] for name in others}
     for path in paths:
         pool = load(path)
         lines: dict[str, list[tuple[float, float, float]]] = {name: [] for name in POLICIES}
@@ -45,7 +46,9 @@ def budgets(paths: Sequence[Path], *, shuffles: int = 20, say: Any = print) -> d
             cells += [gap(paired(leads[name][-1])) for name in others]
             say(f"| {budget / 1e3:.0f}k | {' | '.join(cells)} |")
         cells = [f"{100 * sum(point[1] for point in lines[n]) / len(BUDGETS):.1f}" for n in POLICIES]
-        cells += [gap(paired(sum(leads[name]) / len(BUDGETS))) for name in others]
+        for name in others:
+            together[name].append(sum(leads[name]) / len(BUDGETS))
+        cells += [gap(paired(together[name][-1])) for name in others]
         say(f"| mean | {' | '.join(cells)} |")
         lines["parallel-probe"] = []
         for name in UNBUDGETED:
@@ -55,6 +58,9 @@ def budgets(paths: Sequence[Path], *, shuffles: int = 20, say: Any = print) -> d
                 f"{pool.name}: {name} without a budget: {100 * run.right.mean():.1f} @ {run.tokens.mean() / 1e3:.0f}k"
             )
         found[pool.name] = lines
+    for name, each in together.items():
+        whole = paired([lead for pool_leads in each for lead in pool_leads])
+        say(f"mean over budgets, all {whole.problems} problems: {ours} over {name}: {gap(whole)}")
     return found
 
 

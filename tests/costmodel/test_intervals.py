@@ -61,10 +61,11 @@ def test_agreement_on_every_problem_is_no_certainty() -> None:
     for problems in (1, 30, 500):
         right, none = intervals.mean(np.ones(problems)), intervals.paired(np.zeros(problems))
         assert (right.low, right.high) == pytest.approx((problems / (problems + z2), 1.0))
-        assert (none.low, none.high) == pytest.approx((-z2 / (problems + z2), z2 / (problems + z2)))
+        half = min(1.0, z2 / (problems * (problems + z2)) ** 0.5)
+        assert (none.low, none.high) == pytest.approx((-half, half))
 
 
-@pytest.mark.parametrize("problems", [20, 30, 100, 500])
+@pytest.mark.parametrize("problems", [30, 100, 500])
 def test_five_wins_and_no_loss_decide_nothing(problems: int) -> None:
     """As the sign test has it: five of five are 1 in 16 by chance."""
     won = np.zeros(problems)
@@ -86,7 +87,7 @@ CELLS: list[tuple[Population, Bounds, int, float]] = [
     *((means(0.93)[k], mean_bounds, problems, 0.935) for k in range(5) for problems in (30, 100)),
     *((means(0.99)[k], mean_bounds, 30, 0.95) for k in range(5)),
     *((means(0.5)[k], mean_bounds, 100, 0.935) for k in range(5)),
-    *((population, paired_bounds, problems, 0.9) for population in gaps() for problems in (30, 100)),
+    *((population, paired_bounds, problems, 0.925) for population in gaps() for problems in (30, 100)),
 ]
 
 
