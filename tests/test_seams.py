@@ -16,7 +16,7 @@ from ttc.api import Run, Settings
 from ttc.engine.fake import FakeEngine, Script
 from ttc.errors import InputError
 from ttc.jobs import Traits
-from ttc.types import Branch, Brief, Control, Generate, Outcome, Problem, Routine, Score, Verdict
+from ttc.types import Branch, Brief, Control, Generate, Outcome, Problem, Request, Routine, Score, Verdict
 
 HERE = Path(__file__).name
 
@@ -32,6 +32,15 @@ def posed(**meta: Any) -> Problem:
     return Problem("p", text, "42", f"{__name__}:Looking", told)
 
 
+class Listening(FakeEngine):
+    """Keeps the problems of its requests."""
+
+    def submit(self, ticket: int, request: Request) -> None:
+        SEEN_BY_THE_ENGINE.append(request.problem)
+        super().submit(ticket, request)
+
+
+SEEN_BY_THE_ENGINE: list[Problem] = []
 SEEN_BY_THE_VERIFIER: list[Problem] = []
 
 
@@ -72,14 +81,16 @@ def test_neither_policy_nor_reward_model_sees_the_reference_and_the_verifier_doe
         return [1.0] * len(texts)
 
     SEEN_BY_THE_VERIFIER.clear()
-    [result] = ttc.run([posed()], engine=knowing(), policy=policy, reward=reward)
-    for problem in (*policy.seen, *scored):
+    SEEN_BY_THE_ENGINE.clear()
+    engine = Listening(writer=lambda request, issued: Script(5, request.problem.gold or "?", 1))
+    [result] = ttc.run([posed()], engine=engine, policy=policy, reward=reward)
+    for problem in (*policy.seen, *scored, *SEEN_BY_THE_ENGINE):
         assert problem.gold is None and "42" not in repr(problem)
         assert problem.meta == {"prompt_tokens": 20, "task": "rg:some"}
         assert problem.id == "p" and problem.text == "6*7"
-    assert policy.seen and scored
+    assert policy.seen and scored and SEEN_BY_THE_ENGINE
     assert [p.gold for p in SEEN_BY_THE_VERIFIER] and SEEN_BY_THE_VERIFIER[0] == posed()
-    assert result.verdict == Verdict(True, 1.0), "the engine and the judge have the whole problem"
+    assert result.verdict == Verdict(True, 1.0), "the judge has the whole problem"
 
 
 def test_a_problem_without_a_reference_is_shown_as_it_is() -> None:

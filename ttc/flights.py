@@ -42,8 +42,6 @@ class Flights:
     ) -> None:
         """Hold what the request may cost and hand it over; ``carried`` is what ``attempts`` before this one have cost."""
         ticket, now = new_ticket(), self.clock()
-        if request.problem is job.posed and job.posed is not job.problem:
-            request = replace(request, problem=job.problem)
         lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
         flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
         flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
