@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class Cell(NamedTuple):
     width: Mapping[str, float]
 
 
+@cache
 def difficulties(share: float, alike: float) -> Array:
     """P(a sample is right) of each problem (GRID,), Beta distributed with mean ``share``; large ``alike`` is little spread."""
     middles = (np.arange(GRID) + 0.5) / GRID

@@ -157,6 +157,23 @@ def test_a_run_of_the_driver_reads_back(tmp_path: Path) -> None:
     assert pool.tokens.sum() == sum(r.charge.tokens for r in results)
 
 
+def test_what_votes_buy_is_paired_by_problem() -> None:
+    from ttc.api import run
+    from ttc.costmodel import intervals
+    from ttc.curves import vote_curve
+    from ttc.engine.fake import FakeEngine
+    from ttc.types import Problem
+
+    problems = [Problem(str(k), ({"role": "user", "content": f"{k}?"},), gold=str(k)) for k in range(20)]
+    results = list(run(problems, engine=FakeEngine(), policy="self-consistency?n=5", budget="10k tokens"))
+    one, five = vote_curve(results, (1, 5, 8))
+    assert one.gain == (0.0, 0.0, 0.0)  # over itself
+    assert five.gain.low < five.gain.mean < five.gain.high
+    assert five.gain.mean == pytest.approx(five.accuracy - one.accuracy)
+    share = [sum(b.vote in r.right for b in r.branches) / 5 for r in results]
+    assert (one.accuracy, one.low, one.high) == pytest.approx(intervals.mean(share)[:3])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [

@@ -16,6 +16,7 @@ from tests.driving import make_driver
 from tests.test_replay import make_pool, replay_driver
 from ttc.budget import Budget
 from ttc.cli.main import app
+from ttc.costmodel.intervals import proportion
 from ttc.costmodel.pools import read
 from ttc.costmodel.records import Pool, PooledProblem
 from ttc.costmodel.shapes import ModelShape
@@ -209,6 +210,10 @@ def test_the_commands_speak_json_and_words(tmp_path: Path) -> None:
     runner = CliRunner()
     told = runner.invoke(app, ["report", str(tmp_path / "run"), "--json"], catch_exceptions=False)
     problems = json.loads(told.stdout)["problems"]
+    right = sum(p["correct"] for p in problems)
+    assert json.loads(told.stdout)["accuracy_ci95"] == proportion(right, 3).interval
+    words = runner.invoke(app, ["report", str(tmp_path / "run")], catch_exceptions=False).stdout
+    assert f"accuracy {right / 3:.1%} of 3 judged problems" in words
     assert {p["problem"] for p in problems} == {"q0", "q1", "q2"}
     assert all(p["decisions"][-1]["what"].startswith("stop") and p["branches"] for p in problems)
     shown = runner.invoke(
