@@ -9,7 +9,7 @@ python=${PYTHON:-$(command -v python3.11 || command -v python3)}
   exit 1
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
+pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$1" --no-compile "${@:2}"; } # modules compile when first imported
 log=.venv/setup.log
 : >"$log"
 quietly() { "$@" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; echo "set-up failed: $*; the whole log is in $log" >&2; exit 1; }; }
@@ -18,7 +18,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q 
   echo "set-up: an NVIDIA GPU is here; installing stock vLLM (several GB)"
   quietly pip install -e '.[vllm,train,ray,tasks,plots,dev]'
 else
-  echo "set-up: no GPU; installing the pinned CPU versions (requirements/cpu.txt), about three minutes"
+  echo "set-up: no GPU; installing the pinned CPU versions (requirements/cpu.txt), about two minutes"
   torch=$(grep '^torch==' requirements/cpu.txt)
   # torch's CPU build is in the configured indexes, or else in PyTorch's own.
   pip install --no-deps "$torch" >>"$log" 2>&1 ||

@@ -32,6 +32,34 @@ def ttc(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+class Here:
+    """Runs command lines in this process, which spares the imports of a new one: for what no process of its own need show."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = monkeypatch, capsys
+        monkeypatch.setenv("COLUMNS", ENV["COLUMNS"])
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        from ttc.cli.main import main
+
+        self._patch.setattr(sys, "argv", ["ttc", *arguments])
+        handlers = {word: signal.getsignal(word) for word in (signal.SIGINT, signal.SIGTERM)}
+        self._capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            for word, handler in handlers.items():
+                signal.signal(word, handler)
+        out, err = self._capsys.readouterr()
+        return subprocess.CompletedProcess([*TTC, *arguments], int(end.value.code or 0), out, err)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(monkeypatch, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -67,8 +95,10 @@ def ttc(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         (["solve", "--input", "/no/such/file.jsonl"], "file.jsonl"),
     ],
 )
-def test_bad_input_is_one_line_with_the_mend_and_exit_code_2(arguments: list[str], words: str) -> None:
-    done = ttc(*arguments)
+def test_bad_input_is_one_line_with_the_mend_and_exit_code_2(
+    here: Here, arguments: list[str], words: str
+) -> None:
+    done = here(*arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -100,10 +130,10 @@ def test_a_signal_before_the_run_has_begun_is_a_word_and_exit_code_3(word: str) 
         ('{"id": "a"}\n', "prompt"),
     ],
 )
-def test_bad_rows_name_their_line(tmp_path: Path, rows: str, words: str) -> None:
+def test_bad_rows_name_their_line(here: Here, tmp_path: Path, rows: str, words: str) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text(rows)
-    done = ttc("solve", "--input", str(file))
+    done = here("solve", "--input", str(file))
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
@@ -131,8 +161,8 @@ SPENT = {
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
-    done = ttc(
+def test_solve_json_is_one_object_and_keeps_the_budget(here: Here, tmp_path: Path) -> None:
+    done = here(
         "solve",
         "--task",
         TASK,
@@ -162,7 +192,7 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
     )
     assert generated == summary["spent"]["tokens"]
 
-    again = ttc(
+    again = here(
         "solve",
         "--task",
         TASK,
@@ -180,7 +210,7 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
         assert second[same] == summary[same]
     assert second["spent"]["tokens"] == summary["spent"]["tokens"]
 
-    other = ttc(
+    other = here(
         "solve", "--task", TASK, "--n", "12", "--budget", "700 tokens", "--out", str(tmp_path / "run")
     )
     assert other.returncode == 2
@@ -190,7 +220,9 @@ def test_solve_json_is_one_object_and_keeps_the_budget(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(
+    here: Here, tmp_path: Path
+) -> None:
     file, out = tmp_path / "problems.jsonl", tmp_path / "run"
     rows = [
         {"id": "short", "prompt": "1 + 2 =", "answer": "3"},
@@ -198,12 +230,12 @@ def test_a_prompt_longer_than_the_context_is_refused_before_work_or_skipped(tmp_
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["solve", "--input", str(file), "--context", "256", "--out", str(out), "--max-thinking", "32"]
-    refused = ttc(*command)
+    refused = here(*command)
     assert refused.returncode == 2, refused.stderr
     assert "prompt: long has" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not out.exists(), "nothing was begun"
-    done = ttc(*command, "--skip-bad-rows", "--json")
+    done = here(*command, "--skip-bad-rows", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["problems"], summary["answered"], summary["skipped_rows"]) == (1, 1, 1)
@@ -256,6 +288,7 @@ def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tm
     done = ttc(*command)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
     rows = [json.loads(line) for line in branches.read_text().splitlines()]
     keys = [(r["problem"], r["index"]) for r in rows]
     assert len(keys) == len(set(keys)) == 360, "each branch sampled once, none lost"
