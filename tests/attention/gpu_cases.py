@@ -201,11 +201,21 @@ def asked() -> list[list[int]]:
     return [ids[:length] for ids, length in zip(prompts(2, shared=0), (60, 90), strict=True)]
 
 
-def test_reading_everything_through_the_per_head_path_is_stock(tiny: Path, way: tuple[str, str, str]) -> None:
+@pytest.fixture(scope="module")
+def stock() -> dict[tuple[str, str], list[list[int]]]:
+    """What stock vLLM said, by backend and layout."""
+    return {}
+
+
+def test_reading_everything_through_the_per_head_path_is_stock(
+    tiny: Path, way: tuple[str, str, str], stock: dict[tuple[str, str], list[list[int]]]
+) -> None:
     """Beside a dense row, and while another prompt is read in pieces."""
     settings = [KvSetting(ALL, "quest"), None]
-    wanted = decode(backend(way[0], tiny, ours=False), asked(), tokens=4)
-    assert decode(backend(way[0], tiny, ours=True, sparse={"when": "always"}), asked(), settings, 4) == wanted
+    if way[:2] not in stock:
+        stock[way[:2]] = decode(backend(way[0], tiny, ours=False), asked(), tokens=4)
+    made = decode(backend(way[0], tiny, ours=True, sparse={"when": "always"}), asked(), settings, 4)
+    assert made == stock[way[:2]]
 
 
 def test_every_choice_and_output_equals_the_reference(
