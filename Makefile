@@ -21,7 +21,7 @@ types: .venv/.ready  ## mypy --strict
 	@$(PY) -m mypy
 
 test: lint types  ## All tests, engines included
-	@$(PY) -m pytest -q -n 2 --dist loadfile
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
 	@.venv/bin/ttc bench overhead
