@@ -15,7 +15,6 @@ How a budget stays hard:
 
 from __future__ import annotations
 
-import heapq
 import time
 import traceback
 from collections import deque
@@ -35,6 +34,7 @@ from ttc.ledger import Ledger
 from ttc.opening import Opened, open_jobs
 from ttc.pricing import Pricer, spent_in
 from ttc.scoring import Scoring
+from ttc.starts import Starts
 from ttc.steering import Steering
 from ttc.types import (
     Branch,
@@ -102,15 +102,13 @@ class Driver:
         self.books = Books(ledger, self.status, budget.unit)
         self.flights = Flights(engine, self.cashier, self.books, judge, clock)
         self.closing = Closing(judge, self.cashier, self.books)
-        self.steering = Steering(self, self.flights, self.cashier, self.books, judge)
+        self.starts = Starts(self, self.flights, self.cashier, self.books)
+        self.steering = Steering(self, self.starts, self.flights, self.cashier, self.books, judge)
         self.scoring = Scoring(self, reward, self.cashier, self.books)
         self.watch = Watch(self.flights, self.cashier, self.books, stall_seconds)
         self.interrupted = False
-        self._ready: list[tuple[float, int, int, Job]] = []
-        self._parked: list[Job] = []
         self.crowded: str | None = None
         """Once a run has begun: why the engine has less to do than it could ("": it is as busy as it can be)."""
-        self._pushes = 0
         self._stop = False
         self._begun = 0.0
 
@@ -145,15 +143,15 @@ class Driver:
                 self.scoring.look()
                 self._fill(waiting)
                 if self.crowded is None:
-                    self.crowded = self._crowding()
+                    self.crowded = self.starts.crowding()
                 yield from self.closing.results()
                 if self.flights.aloft:
                     self._turn()
                 elif self.scoring.open:
                     self.scoring.look(wait_s=LOOK_SECONDS)
                     self._step_done()
-                elif waiting or self._ready or self._parked:
-                    self._unpark()
+                elif waiting or self.starts.open:
+                    self.starts.unpark()
                 else:
                     break
             else:
@@ -283,91 +281,17 @@ class Driver:
                 least = self.cashier.answer_after(job, job.pending[0][1], 0)
                 least = max(least, job.account.meter.reserved(job.order))
                 job.account.meter.reserve(job.order, least)  # no other problem may spend what it answers with
-            self.push(job)
+            self.starts.push(job)
         return None
-
-    def push(self, job: Job) -> None:
-        first = float(job.started) if self.budget.scope == "run" else 0.0
-        if first and isinstance(job.work, Steer):
-            first = 1 / (1 + job.value)  # the highest value first, after every problem's first branch
-        self._pushes += 1
-        heapq.heappush(self._ready, (first, job.order, self._pushes, job))
 
     def _fill(self, waiting: deque[Job]) -> None:
         while len(self.flights.aloft) < self.engine.info.concurrency:
-            if not self._ready:
+            if not self.starts.ready:
                 if not waiting:
                     return
                 self._open(waiting.popleft())
-                continue
-            job = heapq.heappop(self._ready)[3]
-            if not job.pending:
-                continue
-            if self.steering.too_far_ahead(job):
-                self._parked.append(job)
-            elif self._start_next(job):
-                if job.pending:
-                    self.push(job)
-            elif job.pending:
-                self._parked.append(job)
-            self.steering.wake()
-
-    def _crowding(self) -> str:
-        """What keeps the first branches from filling the engine, where that is the money that is held for them."""
-        running = len(self.flights.aloft)
-        free = self.engine.info.concurrency - running
-        waiting = [job for job in self._parked if job.pending and not self.steering.too_far_ahead(job)]
-        if free <= 0 or not waiting or not running:
-            return ""
-        if running >= sum(len(job.pending) for job in waiting):
-            return ""  # most of what is wanted runs
-        account = waiting[0].account
-        pending = sum(len(job.pending) for job in waiting if job.account is account)
-        return self.cashier.crowding(waiting[0], running, account.flights + min(pending, free))
-
-    def _unpark(self) -> None:
-        parked, self._parked = self._parked, []
-        for job in parked:
-            if job.pending:
-                self.push(job)
-
-    def _start_next(self, job: Job) -> bool:
-        """Start the job's next request, or deny what is left of its work; False if it must wait for money to come back."""
-        slot, request = job.pending[0]
-        account, meter = job.account, job.account.meter
-        first = not job.flights and not any(branch.usable for branch in job.branches)
-        kept = meter.reserved(job.order)
-        if first:
-            meter.release(job.order)  # what was set aside for this problem's first answer is its own to use
-        thinking = self.cashier.affordable(job, request, first)
-        if thinking is None and first and request.probe_every and not account.flights:
-            request = replace(request, probe_every=0)
-            thinking = self.cashier.affordable(job, request, first)
-            if thinking is not None:
-                why = "the budget can't pay for them"
-                self.books.decide(job, f"no probes of branch {request.index}", why, 0.0)
-        if thinking is None and account.flights:
-            if first:
-                meter.reserve(job.order, kept)
-            return False
-        if thinking is None:
-            self._deny(job)
-            return True
-        job.pending.popleft()
-        if thinking != request.thinking_tokens:
-            request = replace(request, thinking_tokens=thinking)
-        self.flights.submit(job, slot, request)
-        return True
-
-    def _deny(self, job: Job) -> None:
-        if not job.denied:
-            self.books.decide(job, f"deny {len(job.pending)}", "the budget pays for no further branch", 0.0)
-        job.denied = True
-        denied = list(job.pending)
-        job.pending.clear()
-        for slot, request in denied:
-            nothing = Completion("", "denied", 0, 0)
-            self.arrive(job, slot, Branch(job.problem.id, request.index, request.seed, nothing, None, None))
+            elif self.starts.next():
+                self.steering.wake()
 
     # -- work that ended ---------------------------------------------------------------------------------------------------
     def _land(self, ticket: int, flight: Flight, completion: Completion, now: float) -> None:
@@ -404,7 +328,7 @@ class Driver:
     def _gone(self, ticket: int) -> None:
         """A flight has landed, and is on record: what waits for its money may try again."""
         self.flights.remove(ticket)
-        self._unpark()
+        self.starts.unpark()
 
     def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
         """A branch of the job's current work is there (``replayed``: what it was asked for in an earlier session); replies to the

@@ -191,9 +191,6 @@ class Flight:
 class Desk(Protocol):
     """The driver, as its parts see it: where they hand over what is new of a job."""
 
-    def push(self, job: Job) -> None:
-        """The job has requests to start."""
-
     def arrive(self, job: Job, slot: int, branch: Branch, *, replayed: Request | None = None) -> None:
         """A branch of the job's work is there (``replayed``: what it was asked for in an earlier session)."""
 

@@ -10,17 +10,18 @@ from ttc.cashier import Cashier
 from ttc.engine.protocol import Probed
 from ttc.flights import Flights
 from ttc.jobs import Desk, Job, Judge
+from ttc.starts import Starts
 from ttc.types import Branch, Completion, Probe, Reply, Steer
-
-AHEAD = 0.25
-"""How much of what is left of a shared budget steered pieces may have under way: the rest waits for what those teach."""
 
 
 class Steering:
     """Does what ``Steer`` says, and wakes the policies that wait for news."""
 
-    def __init__(self, desk: Desk, flights: Flights, cashier: Cashier, books: Books, judge: Judge) -> None:
-        self.desk, self.flights, self.cashier, self.books, self.judge = desk, flights, cashier, books, judge
+    def __init__(
+        self, desk: Desk, starts: Starts, flights: Flights, cashier: Cashier, books: Books, judge: Judge
+    ) -> None:
+        self.desk, self.starts, self.flights = desk, starts, flights
+        self.cashier, self.books, self.judge = cashier, books, judge
         self._touched: dict[int, Job] = {}  # jobs with something new for their policies
 
     def touch(self, job: Job) -> None:
@@ -60,7 +61,7 @@ class Steering:
             for _, branch in sorted((k for k in known.values() if k is not None), key=lambda item: item[0]):
                 self.desk.arrive(job, slot, branch, replayed=asked[branch.index])
             if fresh:
-                self.desk.push(job)
+                self.starts.push(job)
         return self._news(job)
 
     def _news(self, job: Job) -> Reply | None:
@@ -115,12 +116,3 @@ class Steering:
         flight.probes.append(probe)
         job.probed.append(probe)
         self.touch(job)
-
-    def too_far_ahead(self, job: Job) -> bool:
-        """A steered piece beyond a problem's first waits while much of a shared budget is under way: what that teaches may
-        show a better use."""
-        account = job.account
-        shared = self.cashier.budget.scope == "run"
-        if not (shared and job.started and isinstance(job.work, Steer) and account.flights):
-            return False
-        return account.planned + self.cashier.typical_cost(0.0) > AHEAD * account.meter.remaining
