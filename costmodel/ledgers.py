@@ -104,3 +104,5 @@ def _text(file: Path, folder: Path) -> str:
         return file.read_text()
     except OSError:
         raise InputError(f"pool {folder}: no {file.name} in it; give a run folder or a pool file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"pool {folder}: {file.name} is no text in UTF-8; move it away") from None

@@ -42,6 +42,8 @@ def read(path: str | Path, **labels: Any) -> list[Pool] | list[Curve] | list[Rep
         raise InputError(
             f"pool {path}: cannot be read ({error.strerror}); give a pool or run folder"
         ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"pool {path}: is no text in UTF-8; give a pool or run folder") from None
     if path.suffix == ".jsonl":
         if path.name == "branches.jsonl":
             return [_labelled(pool_of_run(path.parent), labels)]

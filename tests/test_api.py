@@ -273,3 +273,8 @@ def test_what_a_policy_computes_once_is_there_before_the_clock_begins() -> None:
     this = Run(make_problems(1), FakeEngine(), Settings(policy="adaptive", budget="9 s"))
     assert value_table.cache_info().currsize == 1
     this.jury.close()
+
+
+def test_an_infinite_temperature_is_refused() -> None:
+    with pytest.raises(InputError, match="temperature: inf is no temperature"):
+        Settings(temperature=float("inf")).check()

@@ -122,8 +122,8 @@ class Settings:
         self.resolved()
         if self.effort is not None and not 0 < self.effort <= 1:
             raise InputError(f"effort: {self.effort:g} is not in (0, 1]; give a fraction of full effort")
-        if self.temperature is not None and not self.temperature >= 0:
-            raise InputError(f"temperature: {self.temperature:g} is below 0; give 0 (greedy) or more")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature: {self.temperature:g} is no temperature; give 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top-p: {self.top_p:g} is not in (0, 1]")
         if self.top_k is not None and self.top_k < 0:

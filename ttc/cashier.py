@@ -139,7 +139,8 @@ class Cashier:
         """What to say of a run that begins with ``running`` branches because money is held for them, where one scope of the budget
         wants ``wanted`` at once."""
         request = job.pending[0][1]
-        held = format_amount(self.most(job, request, request.thinking_tokens), self.budget.unit)
+        most = min(self.most(job, request, request.thinking_tokens), self.budget.amount)
+        held = format_amount(most, self.budget.unit)
         cap = self._longest_that_fits(job, request, request.thinking_tokens, self.budget.amount / wanted)
         whose = " of each problem" if self.budget.scope == "problem" else ""
         mend = f"--max-thinking {cap} lets {wanted}{whose} run, and so does" if cap >= 16 else "give"

@@ -193,3 +193,12 @@ def test_the_grid_is_the_formulas_and_its_benchmark_counts_points() -> None:
     assert (timed["points"], len(timed["seconds"])) == (10_000, 2)
     with pytest.raises(InputError, match="no models"):
         price_grid([], samples=lengths, generated_tokens=lengths, kv_budgets=budgets)
+
+
+def test_a_binary_file_is_no_pool(tmp_path: Path) -> None:
+    from ttc.costmodel import pools
+
+    file = tmp_path / "pool.json"
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        pools.read(file)
