@@ -174,6 +174,7 @@ class _Group:
         self.ends, self.device = ends, device
         self.members: list[Control] = []
         self.guards: list[Control] = []
+        self.plain: list[Control] = []  # not drawn here: their logits say that an end is a closing
         self._here, self._elsewhere = np.zeros(0, np.float32), np.zeros(0, np.float32)
         self._masks: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -181,6 +182,9 @@ class _Group:
         self.members.append(control)
         if control.at_end or control.min_thinking:
             self.guards.append(control)
+        if control.drawn:
+            return
+        self.plain.append(control)
         if control.row >= len(self._here):
             more = max(64, control.row + 1)
             self._here = np.concatenate([self._here, np.zeros(more, np.float32)])
@@ -192,15 +196,17 @@ class _Group:
         self.members.remove(control)
         if control in self.guards:
             self.guards.remove(control)
-        self._mark(control.row, 0.0, -math.inf)
+        if control in self.plain:
+            self.plain.remove(control)
+            self._mark(control.row, 0.0, -math.inf)
 
     def _mark(self, row: int, here: float, elsewhere: float) -> None:
         self._here[row], self._elsewhere[row] = here, elsewhere
         self._masks = None
 
     def keep(self, logits: torch.Tensor) -> None:
-        """In the members' rows, p(end) goes to the closing delimiter. -inf in those rows and 0 in the others, and the reverse, are
-        added to whole columns, which is several times as fast as picking rows; on a CPU in place, without torch's overhead."""
+        """In the plain members' rows, p(end) goes to the closing delimiter. -inf in those rows and 0 in the others, and the reverse,
+        are added to whole columns, which is several times as fast as picking rows; on a CPU in place, without torch's overhead."""
         rows = len(logits)
         xp: Any = torch
         here: Any = self._here[:rows]
@@ -248,6 +254,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.watched: list[Control] = []  # stopped on confidence
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
+        self.closing: list[Control] = []  # drawn here: the last token that was drawn may have closed the thought
         self.closed: list[Control] = []  # just closed: no end may follow
         self.decided: list[Control] = []  # by the last step's logits
         self.inserted: list[Control] = []  # on the controller's word, when a token was still under way
@@ -394,44 +401,57 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 self._schedule(control)
         if self.measured or self.watched or self.last is not None:
             self._measure(logits)
-        if self.thinking or self.closed:
+        if self.thinking or self.closed or self.closing:
             self._keep_from_ending(logits)
         if self.forcing:
             self._force(logits)
         if self.draws:
-            self.draws.apply(logits)
+            self.closing = self.draws.apply(logits)
         return logits
 
     def _keep_from_ending(self, logits: torch.Tensor) -> None:
         """In an open thought, p(end) is added to p(closing delimiter); right after closing, p(end) is 0. Where the course
         says so, an end of the thought is replaced or forbidden."""
+        for control in self.closing:
+            if control.group is not None and control.output and control.output[-1] == control.group.last:
+                self._close(control)
+        self.closing = []
         for key, group in list(self.thinking.items()):
-            last = group.last
-            closed = [c for c in group.members if c.output and c.output[-1] == last and c.thought_closed()]
-            for control in closed:
-                control.open, control.group = False, None
-                group.remove(control)
-                self.closed.append(control)
-                if control in self.watched:
-                    self.watched.remove(control)
+            for control in [c for c in group.plain if c.output and c.output[-1] == group.last]:
+                self._close(control)
             if not group.members:
                 del self.thinking[key]
                 continue
-            guarded = [c for c in group.guards if not c.forcing() and c.guards_end()]
-            if guarded:
-                self._guard(logits, guarded)
+            if group.guards:
+                guarded = [c for c in group.guards if not c.forcing() and c.guards_end()]
+                if guarded:
+                    self._guard(logits, guarded)
             if group.close is None:
                 several = [c for c in group.members if not c.forcing() and not c.guards_end()]
                 if several:
                     self._guard(logits, several)
-                continue
-            group.keep(logits)
+            elif group.plain:
+                group.keep(logits)
         if (
             self.closed
         ):  # also behind a preemption, and behind a prefill that is cut, whose logits decide nothing
             self.closed = [c for c in self.closed if c.must_answer()]
+            table = logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits
             for control in self.closed:
-                logits[control.row, list(control.ends)] = -math.inf
+                table[control.row, list(control.ends)] = -math.inf
+
+    def _close(self, control: Control) -> None:
+        """The branch's last token is the delimiter's last: if its thought is closed by that, what it needs from now on is less."""
+        if not control.thought_closed():
+            return
+        if control.group is not None:
+            control.group.remove(control)
+        control.open, control.group = False, None
+        if control.drawn:
+            self.draws.closed(control)
+        self.closed.append(control)
+        if control in self.watched:
+            self.watched.remove(control)
 
     def _guard(self, logits: torch.Tensor, rows: list[Control]) -> None:
         """Draw whether each of these thoughts would end here; where it would, force what stands in for that; where not, sample

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ttc.engine.control import Control
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ONE = np.uint64(1)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 
 
@@ -45,13 +48,16 @@ def available() -> bool:
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """What a batch of so many rows needs at each step: the ``outputs`` of its drawn rows in order (``rows``: None if they are all),
-    the ``streams`` that their seeds select, and their temperatures, top-k and top-p where any row has one."""
+    the ``streams`` that their seeds select, the tokens that are ``watched`` for, and their temperatures, top-k and top-p where any
+    row has one."""
 
     size: int
+    controls: list[Control]
     outputs: list[list[int]]
     rows: torch.Tensor | None
     index: NDArray[np.int64]
     streams: NDArray[np.uint64]
+    watched: NDArray[np.int64]
     heat: torch.Tensor | None
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
@@ -64,6 +70,7 @@ class Draws:
         self._controls: dict[int, Control] = {}
         self._streams = np.zeros(0, np.uint64)
         self._settings = np.zeros((3, 0))  # temperature, top-p, top-k (0: none)
+        self._watched = np.zeros((1, 0), np.int64)  # of open thoughts: the delimiter's last token; end marks (-1: none)
         self._special: set[int] = set()  # rows with other settings than temperature 1 alone
         self._batch: _Batch | None = None
 
@@ -76,7 +83,10 @@ class Draws:
             more = max(64, row + 1)
             self._streams = np.concatenate([self._streams, np.zeros(more, np.uint64)])
             self._settings = np.concatenate([self._settings, np.zeros((3, more))], axis=1)
+            none = np.full((len(self._watched), more), -1, np.int64)
+            self._watched = np.concatenate([self._watched, none], axis=1)
         self._controls[row] = control
+        self._watch(control)
         self._streams[row] = _stream(control.seed)
         settings = control.temperature, control.top_p, control.top_k
         self._settings[:, row] = settings
@@ -84,6 +94,23 @@ class Draws:
             self._special.add(row)
         else:
             self._special.discard(row)
+
+    def _watch(self, control: Control) -> None:
+        tokens: list[int] = []
+        if control.open:
+            tokens = [control.think_close[-1], *(control.ends if len(control.think_close) == 1 else ())]
+        if len(tokens) > len(self._watched):
+            none = np.full((len(tokens) - len(self._watched), self._watched.shape[1]), -1, np.int64)
+            self._watched = np.concatenate([self._watched, none])
+            self._batch = None
+        self._watched[:, control.row] = -1
+        self._watched[: len(tokens), control.row] = tokens
+
+    def closed(self, control: Control) -> None:
+        """The branch's thought is closed: an end is an end now."""
+        self._watch(control)
+        if self._batch is not None:
+            self._batch.watched[:, np.searchsorted(self._batch.index, control.row)] = -1
 
     def take(self, row: int) -> None:
         self._controls.pop(row, None)
@@ -99,19 +126,23 @@ class Draws:
         if self._special:
             heat, top_p, top_k = self._settings[:, rows]
             top_k = np.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
+        controls = [self._controls[row] for row in rows]
         return _Batch(
             size,
-            [self._controls[row].output for row in rows],
+            controls,
+            [control.output for control in controls],
             None if whole else torch.from_numpy(index),
             index,
             streams,
+            self._watched[:, index],
             None if heat is None else torch.from_numpy(heat.astype(np.float32))[:, None],
             None if top_k is None or top_k.min() == vocabulary else torch.from_numpy(top_k.astype(np.int64)),
             None if top_p is None or top_p.min() == 1 else torch.from_numpy(top_p.astype(np.float32)),
         )
 
-    def apply(self, logits: torch.Tensor) -> None:
-        """Draw a token for each row and make it the one that a greedy sampler takes. ``logits``: [batch, vocabulary], float32."""
+    def apply(self, logits: torch.Tensor) -> list[Control]:
+        """Draw a token for each row and make it the one that a greedy sampler takes; an end mark that is drawn in an open thought
+        closes it instead. Returns the branches whose thought that may have closed. ``logits``: [batch, vocabulary], float32."""
         batch = self._batch
         if batch is None or batch.size != len(logits):
             batch = self._batch = self._now(*logits.shape)
@@ -121,22 +152,41 @@ class Draws:
             from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
             own = apply_top_k_top_p(own.clone() if own is logits else own, batch.top_k, batch.top_p)
-        at = np.fromiter(map(len, batch.outputs), np.uint64, len(batch.outputs))
-        noise = torch.from_numpy((_mixed(batch.streams + at * _GOLDEN) >> np.uint64(1)).view(np.int64))
-        drawn = torch.ops._C.fused_gumbel_argmax(own, noise)
-        logits.numpy()[batch.index, drawn.numpy()] = np.inf  # in place, for a fraction of torch's time
+        noise = np.fromiter(map(len, batch.outputs), np.uint64, len(batch.outputs))
+        noise *= _GOLDEN
+        noise += batch.streams
+        _mix(noise)
+        noise >>= _ONE
+        drawn = torch.ops._C.fused_gumbel_argmax(own, torch.from_numpy(noise.view(np.int64))).numpy()
+        found = batch.watched == drawn
+        closing = self._closing(batch, found, drawn) if found.any() else []
+        logits.numpy()[batch.index, drawn] = np.inf  # in place, for a fraction of torch's time
+        return closing
+
+    @staticmethod
+    def _closing(batch: _Batch, found: NDArray[np.bool_], drawn: NDArray[np.int64]) -> list[Control]:
+        """The branches for which a token that is watched for was drawn (what is forced stays as it is)."""
+        closing = []
+        for place in np.flatnonzero(found.any(0)).tolist():
+            control = batch.controls[place]
+            if not found[0, place] and not control.forcing():
+                drawn[place] = control.think_close[-1]
+            closing.append(control)
+        return closing
 
 
 def _stream(seed: int) -> int:
-    """What a seed adds to its noise: ``_mixed`` of seed + golden ratio."""
+    """What a seed adds to its noise: ``_mix`` of seed + golden ratio."""
     z = (seed + int(_GOLDEN)) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
 
 
-def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014), modulo 2^64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _mix(z: NDArray[np.uint64]) -> None:
+    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014), modulo 2^64, in place."""
+    z ^= z >> _SHIFTS[0]
+    z *= _FACTORS[0]
+    z ^= z >> _SHIFTS[1]
+    z *= _FACTORS[1]
+    z ^= z >> _SHIFTS[2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttc.attention.settings import CONFIG_KEY, KvSetting, check_when
@@ -26,6 +27,7 @@ from ttc.engine.vllm_start import (
     one_line,
     shortest_page,
     start,
+    token_prompt,
     vllm_version,
 )
 from ttc.engine.vllm_words import Words
@@ -90,6 +92,10 @@ class VLLMEngine:
         self._in_process = isinstance(
             self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
         ) and (self._llm.vllm_config.parallel_config.world_size == 1)
+        # Then what the processor sees of an ended branch is all of it, and nothing more.
+        self._in_turn = (
+            self._in_process and not self._llm.vllm_config.scheduler_config.async_scheduling
+        )
         self._draws = self._in_process and self._can_draw()
         kinds = self._vllm.sampling_params.RequestOutputKind
         self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
@@ -122,6 +128,7 @@ class VLLMEngine:
             engine_args=in_words(own),
             files=self.files.files,
         )
+        self._checked: dict[tuple[Sampling, tuple[int, ...]], Any] = {}
         self._running: dict[int, Running] = {}
         self._ended: list[tuple[int, Completion]] = []
         self._passes = Passes()
@@ -257,10 +264,8 @@ class VLLMEngine:
         return batch.dense_below(kv), batch.part
 
     def _add(self, ticket: int, ids: list[int], params: Any, kv: KvSetting | None) -> None:
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if kv is not None:  # what was written under one setting is never read under another
-            prompt["cache_salt"] = kv.salt
-        self._llm.add_request(str(ticket), prompt, params)
+        salt = kv.salt if kv is not None else None  # what was written under one setting is never read under another
+        self._llm.add_request(str(ticket), token_prompt(ids, salt), params)
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:
         most = request.step_tokens if request.pauses else request.thinking_tokens + self.room_tokens
@@ -268,18 +273,24 @@ class VLLMEngine:
         return self._sampling_params(sampling, request.seed, most, extra)
 
     def _sampling_params(self, sampling: Sampling, seed: int, most: int, extra: dict[str, Any]) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=seed if sampling.temperature > 0 else None,
-            max_tokens=most,
-            stop_token_ids=extra["ttc"].get("step"),
-            extra_args=extra,
-            skip_special_tokens=False,
-            detokenize=False,
-            output_kind=self._kind,
-        )
+        """vLLM's parameters: a copy of those it has checked already, where only what is each request's own differs."""
+        steps, seeded = tuple(extra["ttc"].get("step", ())), sampling.temperature > 0
+        known = self._checked.get((sampling, steps))
+        if known is None:
+            known = self._checked[sampling, steps] = self._vllm.SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed if seeded else None,
+                stop_token_ids=list(steps),
+                skip_special_tokens=False,
+                detokenize=False,
+                output_kind=self._kind,
+                skip_clone=True,  # a copy that is nobody else's
+            )
+        params = copy(known)
+        params.seed, params.max_tokens, params.extra_args = seed if seeded else None, most, extra
+        return params
 
     def step(self) -> StepReport:
         report = StepReport(finished=self._ended)
@@ -290,9 +301,12 @@ class VLLMEngine:
             if not self._in_process:
                 self._words.send()
             self._stats.step_tokens, before = 0, self._stats.steps
+            self._stats.ends_only = self._in_turn
             outputs = self._llm.step()
         except Exception as error:
             raise EngineError(f"vLLM stopped: {one_line(error)}") from error
+        finally:
+            self._stats.ends_only = False
         if self._in_process:
             if (
                 self._stats.steps > before
@@ -319,7 +333,8 @@ class VLLMEngine:
             if ticket not in self._running:
                 continue  # a fork whose branch has just ended
             running = self._running[ticket]
-            running.ids, running.cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+            written = running.control.output if self._in_turn else output.outputs[0].token_ids
+            running.ids, running.cached = list(written), output.num_cached_tokens or 0
             if running.parent:
                 report.probes.append(self._forks.answered(ticket))
                 continue

@@ -30,6 +30,9 @@ class Spelling:
         self.delimiter = files.format.think_close
         self.end = self.ids(self.delimiter)
         self.room = max(len(self.close), len(self.lead)) + files.format.answer_tokens
+        # transformers' own decode does this, and is several times as long about it
+        fast = getattr(tokenizer, "backend_tokenizer", None) if not _cleans(tokenizer) else None
+        self._decode = (fast if hasattr(fast, "decode") else tokenizer).decode
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
 
@@ -55,7 +58,7 @@ class Spelling:
         """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
         end = self.tokenizer.eos_token_id
         kept = ids[:-1] if ids and ids[-1] == end else ids
-        return str(self.tokenizer.decode(list(kept), skip_special_tokens=False)) if kept else ""
+        return str(self._decode(list(kept), skip_special_tokens=False)) if kept else ""
 
     def opened(self, ids: Sequence[int]) -> bool:
         """True unless ``ids`` end the thought that the prompt opens."""
@@ -113,6 +116,11 @@ class Spelling:
         """Raise InputError for a delimiter of steps that no token of this model has in it ("": none)."""
         if text:
             self.step(text)
+
+
+def _cleans(tokenizer: Any) -> bool:
+    """True if the tokenizer changes a text after decoding it."""
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", True))
 
 
 def with_delimiter(files: ModelFiles, think_close: str) -> ModelFiles:

@@ -66,6 +66,15 @@ def plugin_installed() -> bool:
     )
 
 
+def token_prompt(ids: list[int], salt: str | None) -> Any:
+    """A prompt of token ids as vLLM's renderer makes it: nothing of it is left to be parsed and checked again for each request."""
+    try:
+        from vllm.inputs.engine import tokens_input
+    except ImportError:  # another version: it renders the prompt itself
+        return {"prompt_token_ids": ids} | ({} if salt is None else {"cache_salt": salt})
+    return tokens_input(ids, cache_salt=salt)
+
+
 def shortest_page(vllm: Any) -> int | None:
     """The least tokens of a KV page; None where that is vLLM's own choice (GPUs)."""
     return 32 if vllm.platforms.current_platform.is_cpu() else None
@@ -158,6 +167,7 @@ class Stats:
             self.preemptions
         ) = 0
         self.step_tokens = 0  # of the last step
+        self.ends_only = False  # vLLM's front end is shown first and last tokens only (where its outputs are not read)
 
     def where_counted(self, vllm: Any, *, ahead: bool) -> dict[str, Any]:
         """The engine arguments that make vLLM count here; ``ahead``: it schedules a step while the one before runs."""
@@ -177,11 +187,20 @@ class Stats:
                 clients = super().update_from_output(scheduler_output, model_runner_output)
                 tokens = 0
                 for each in clients.values():
-                    for output in each.outputs:
-                        tokens += len(output.new_token_ids)
-                        if output.prefill_stats is not None:
-                            stats.prompt_tokens += output.prefill_stats.num_prompt_tokens
-                            stats.cached_tokens += output.prefill_stats.num_cached_tokens
+                    outputs = each.outputs
+                    tokens += sum([len(output.new_token_ids) for output in outputs])
+                    begun = [output.prefill_stats for output in outputs if output.prefill_stats is not None]
+                    for prefill in begun:
+                        stats.prompt_tokens += prefill.num_prompt_tokens
+                        stats.cached_tokens += prefill.num_cached_tokens
+                    if stats.ends_only:
+                        each.outputs = [o for o in outputs if o.finish_reason is not None]
+                        if begun:
+                            each.outputs = [
+                                o
+                                for o in outputs
+                                if o.finish_reason is not None or o.prefill_stats is not None
+                            ]
                 stats.step_tokens = tokens
                 stats.output_tokens += tokens
                 stats.preemptions += len(scheduler_output.preempted_req_ids or ())
