@@ -254,7 +254,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.watched: list[Control] = []  # stopped on confidence
         self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
-        self.closing: list[Control] = []  # drawn here: the last token that was drawn may have closed the thought
+        self.closing: list[
+            Control
+        ] = []  # drawn here: the last token that was drawn may have closed the thought
         self.closed: list[Control] = []  # just closed: no end may follow
         self.decided: list[Control] = []  # by the last step's logits
         self.inserted: list[Control] = []  # on the controller's word, when a token was still under way
@@ -436,7 +438,9 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             self.closed
         ):  # also behind a preemption, and behind a prefill that is cut, whose logits decide nothing
             self.closed = [c for c in self.closed if c.must_answer()]
-            table = logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits
+            table = (
+                logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits
+            )
             for control in self.closed:
                 table[control.row, list(control.ends)] = -math.inf
 

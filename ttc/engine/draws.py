@@ -70,7 +70,9 @@ class Draws:
         self._controls: dict[int, Control] = {}
         self._streams = np.zeros(0, np.uint64)
         self._settings = np.zeros((3, 0))  # temperature, top-p, top-k (0: none)
-        self._watched = np.zeros((1, 0), np.int64)  # of open thoughts: the delimiter's last token; end marks (-1: none)
+        self._watched = np.zeros(
+            (1, 0), np.int64
+        )  # of open thoughts: the delimiter's last token; end marks (-1: none)
         self._special: set[int] = set()  # rows with other settings than temperature 1 alone
         self._batch: _Batch | None = None
 

@@ -264,7 +264,9 @@ class VLLMEngine:
         return batch.dense_below(kv), batch.part
 
     def _add(self, ticket: int, ids: list[int], params: Any, kv: KvSetting | None) -> None:
-        salt = kv.salt if kv is not None else None  # what was written under one setting is never read under another
+        salt = (
+            kv.salt if kv is not None else None
+        )  # what was written under one setting is never read under another
         self._llm.add_request(str(ticket), token_prompt(ids, salt), params)
 
     def _params(self, request: Request, extra: dict[str, Any]) -> Any:

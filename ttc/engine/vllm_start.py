@@ -167,7 +167,9 @@ class Stats:
             self.preemptions
         ) = 0
         self.step_tokens = 0  # of the last step
-        self.ends_only = False  # vLLM's front end is shown first and last tokens only (where its outputs are not read)
+        self.ends_only = (
+            False  # vLLM's front end is shown first and last tokens only (where its outputs are not read)
+        )
 
     def where_counted(self, vllm: Any, *, ahead: bool) -> dict[str, Any]:
         """The engine arguments that make vLLM count here; ``ahead``: it schedules a step while the one before runs."""
