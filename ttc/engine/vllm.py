@@ -93,9 +93,7 @@ class VLLMEngine:
             self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
         ) and (self._llm.vllm_config.parallel_config.world_size == 1)
         # Then what the processor sees of an ended branch is all of it, and nothing more.
-        self._in_turn = (
-            self._in_process and not self._llm.vllm_config.scheduler_config.async_scheduling
-        )
+        self._in_turn = self._in_process and not self._llm.vllm_config.scheduler_config.async_scheduling
         self._draws = self._in_process and self._can_draw()
         kinds = self._vllm.sampling_params.RequestOutputKind
         self._kind = kinds.FINAL_ONLY if self._in_process else kinds.DELTA
