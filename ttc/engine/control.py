@@ -205,8 +205,9 @@ class _Group:
         self._masks = None
 
     def keep(self, logits: torch.Tensor) -> None:
-        """In the plain members' rows, p(end) goes to the closing delimiter. -inf in those rows and 0 in the others, and the reverse,
-        are added to whole columns, which is several times as fast as picking rows; on a CPU in place, without torch's overhead."""
+        """In the plain members' rows, p(end) goes to the closing delimiter. -inf in those rows and 0 in the others, and the
+        reverse, are added to whole columns, which is several times as fast as picking rows; on a CPU in place, without torch's
+        overhead."""
         rows = len(logits)
         xp: Any = torch
         here: Any = self._here[:rows]
