@@ -1,13 +1,15 @@
 """``ttc bench overhead``: tokens a second of ttc over those of bare vLLM, of plain clients and of its_hub, side by side.
 
 The arms take turns in one run, each alone on the machine while it works, so their ratios hold on a noisy machine where their
-times do not. The first turn of each warms it up and is not counted; medians of the others are reported.
+times do not. The first turn of each warms it up and is not counted; medians of the others are reported, and the ratios of the same
+rounds with their interval (``Ratio``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import socket
@@ -34,13 +36,48 @@ WIDE = 256
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One arm: output tokens a second and seconds for the whole job (medians), the spread of the rate, peak memory."""
+    """One arm: output tokens a second and seconds for the whole job (medians), the spread of the rate, peak memory, the rate of
+    each round."""
 
     tokens_per_s: float
     seconds: float
     low: float
     high: float
     peak_bytes: int
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One arm's rate over another's in the same rounds: the median of the rounds' ratios, and the sign interval of that median,
+    which supposes nothing of how the noise is distributed: the ratios at two ranks, with the ``confidence`` that the median lies
+    between. ``best``: the fastest round of the one over the fastest of the other, which a machine that is shared disturbs least."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+    best: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f} with {self.confidence:.0%} confidence; fastest rounds:"
+            f" {self.best:.3f})"
+        )
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Compare the rates of two arms round by round: at 95 % confidence, or what so few rounds allow."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    rounds = len(ratios)
+    cut, outside = 0, 2.0 ** (1 - rounds)
+    while 2 * (cut + 1) < rounds - 1:
+        more = outside + math.comb(rounds, cut + 1) * 2.0 ** (1 - rounds)
+        if more > 0.05:
+            break
+        cut, outside = cut + 1, more
+    middle = statistics.median(ratios)
+    return Ratio(middle, ratios[cut], ratios[-1 - cut], max(1 - outside, 0.0), max(ours) / max(theirs))
 
 
 class Arm:
@@ -82,7 +119,7 @@ class Arm:
         rates = [t["tokens"] / t["seconds"] for t in self.turns]
         return Measured(
             statistics.median(rates), statistics.median(t["seconds"] for t in self.turns), min(rates), max(rates),
-            int(self.turns[-1]["peak_bytes"]),
+            int(self.turns[-1]["peak_bytes"]), tuple(rates),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -193,10 +230,12 @@ def main(*, model: str | None, problems: int, samples: int, rounds: int, http: b
     job = Job(name, known[name].tasks[0], problems, samples, AT_ONCE, cap)
     quick = quickness()
     inside = compare(("ttc", "bare", "bare-serial", *(("ttc-wide",) if http else ())), job, rounds, say)
+    over_bare = paired(inside["ttc"].rates, inside["bare"].rates)
     report: dict[str, Any] = {
         "ttc_tokens_per_s": inside["ttc"].tokens_per_s,
         "bare_tokens_per_s": inside["bare"].tokens_per_s,
-        "ratio": inside["ttc"].tokens_per_s / inside["bare"].tokens_per_s,
+        "ratio": over_bare.median,
+        "paired": asdict(over_bare),
         "ratio_over_serial": inside["ttc"].tokens_per_s / inside["bare-serial"].tokens_per_s,
         "in_process": {kind: asdict(measured) for kind, measured in inside.items()},
         "seconds": quick,
@@ -208,7 +247,8 @@ def main(*, model: str | None, problems: int, samples: int, rounds: int, http: b
         with server(job) as url:
             served = compare(("ttc", "client", "ttc-wide", "its_hub"), replace(job, url=url), rounds, say)
         report["server"] = {kind: asdict(measured) for kind, measured in served.items()}
-        report["server_ratio"] = served["ttc"].tokens_per_s / served["client"].tokens_per_s
+        over_client = paired(served["ttc"].rates, served["client"].rates)
+        report["server_ratio"], report["server_paired"] = over_client.median, asdict(over_client)
         report["over_its_hub_server"] = served["ttc-wide"].tokens_per_s / served["its_hub"].tokens_per_s
         report["over_its_hub_in_process"] = inside["ttc-wide"].tokens_per_s / served["its_hub"].tokens_per_s
     if as_json:
@@ -243,11 +283,12 @@ def _print(report: dict[str, Any]) -> None:
             )
     stdout.print(table)
     stdout.print(
-        f"ttc over bare vLLM: {report['ratio']:.3f} (goal ≥ 0.95); over one problem at a time: {report['ratio_over_serial']:.1f}×"
+        f"ttc over bare vLLM: {Ratio(**report['paired'])}, goal ≥ 0.95;"
+        f" over one problem at a time: {report['ratio_over_serial']:.1f}×"
     )
     if "server" in report:
         stdout.print(
-            f"through the server, ttc over a plain client: {report['server_ratio']:.3f} (goal ≥ 0.95)"
+            f"through the server, ttc over a plain client: {Ratio(**report['server_paired'])}, goal ≥ 0.95"
         )
         stdout.print(
             f"with {WIDE} in flight over its_hub: {report['over_its_hub_server']:.1f}× through the server (goal ≥ 5),"
