@@ -31,8 +31,8 @@ class Spelling:
         self.end = self.ids(self.delimiter)
         self.room = max(len(self.close), len(self.lead)) + files.format.answer_tokens
         # transformers' own decode does this, and is several times as long about it
-        fast = getattr(tokenizer, "backend_tokenizer", None) if not _cleans(tokenizer) else None
-        self._decode = (fast if hasattr(fast, "decode") else tokenizer).decode
+        fast: Any = getattr(tokenizer, "backend_tokenizer", None) if not _cleans(tokenizer) else None
+        self._decode: Any = getattr(fast, "decode", tokenizer.decode)
         self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
         self._spans: dict[str, list[int]] = {}
 
