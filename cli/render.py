@@ -76,7 +76,9 @@ class Live:
         if self._progress is not None:
             self._progress.update(self._task, completed=status.done, facts=self._facts(status))
         else:
-            self.console.print(f"{status.done}/{status.problems} problems  {self._facts(status)}")
+            self.console.print(
+                f"{status.done}/{status.problems} problems  {self._facts(status)}", soft_wrap=True
+            )
 
     def _facts(self, status: Status) -> str:
         from ttc.costmodel.intervals import proportion
