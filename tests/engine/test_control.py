@@ -213,7 +213,8 @@ def test_what_a_cut_prefill_seems_to_say_is_taken_back(kind: str, cuts: int) -> 
 
 
 def test_confidence_is_the_mean_over_sampled_tokens() -> None:
-    from ttc.engine.control import CONTROLS, Control, confidence
+    from ttc.engine.control import CONTROLS, Control
+    from ttc.engine.reading import confidence
 
     batch = Batch()
     told: dict[str, Any] = {
@@ -251,7 +252,8 @@ def test_rows_with_several_things_due_at_one_position() -> None:
 def test_the_chance_of_an_end_is_that_of_the_sampler() -> None:
     """Against the definition, row by row: softmax, the k likeliest, the smallest set of mass p. Where the draw decides the same
     either way, a bound will do."""
-    from ttc.engine.control import Control, _chances
+    from ttc.engine.control import Control
+    from ttc.engine.reading import chances_of
 
     def defined(logits: Any, control: Control, ids: list[int]) -> float:
         if control.temperature == 0:
@@ -271,7 +273,7 @@ def test_the_chance_of_an_end_is_that_of_the_sampler() -> None:
         for row, control in enumerate(rows):
             control.row, control.temperature = row, rng.choice([0.0, 0.5, 1.0, 1.7])
             control.top_p, control.top_k = rng.choice([1.0, 0.9, 0.5]), rng.choice([0, 5, 100])
-        found = _chances(logits.clone(), rows, ids, draws)
+        found = chances_of(logits.clone(), rows, ids, draws)
         for row, control in enumerate(rows):
             wanted = defined(logits[row], control, ids[row])
             assert found[row] == pytest.approx(wanted, abs=1e-5) or min(draws[row], 1) >= max(

@@ -36,16 +36,13 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from ttc.engine.course import FAR, Course
 from ttc.engine.draws import Draws
+from ttc.engine.reading import Measured, chances_of, token_confidence
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 EXTRA_ARGS_KEY = "ttc"
-CACHED = 1 << 19
-"""Numbers that a pass over the vocabulary takes at a time on a CPU, so that they stay in its cache."""
-COLDEST = 1e-5
-"""Below this temperature vLLM is greedy."""
 NEVER_WRITTEN = "\N{SYMBOL FOR NULL}" * 32
 """A word that a server is told to keep from: where it schedules ahead, it fetches each token in time for requests with such words
 (it must, to know when one would be complete), and for those with nothing but instructions for us it would not."""
@@ -251,9 +248,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         self.rows: dict[int, Control] = {}
         self.agenda: list[tuple[int, int, Control]] = []  # (clock when due, tie, control)
         self.forcing: list[Control] = []
-        self.measured: list[Control] = []
+        self.measured = Measured()
         self.watched: list[Control] = []  # stopped on confidence
-        self.last: tuple[list[tuple[Control, int]], torch.Tensor] | None = None
         self.thinking: dict[tuple[tuple[int, ...], tuple[int, ...]], _Group] = {}
         self.closing: list[
             Control
@@ -314,7 +310,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         if not control.open and control.must_answer():
             self.closed.append(control)
         if control.signals:
-            self.measured.append(control)
+            self.measured.rows.append(control)
         if control.stop_below is not None and control.open:
             self.watched.append(control)
         self._follow(control)
@@ -334,7 +330,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         control.row = -1
         if control.key is not None and _ROWS.get(control.key) is control:
             del _ROWS[control.key]
-        for members in (self.forcing, self.measured, self.watched, self.closed):
+        for members in (self.forcing, self.measured.rows, self.watched, self.closed):
             if control in members:
                 members.remove(control)
 
@@ -402,8 +398,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
                 self._schedule(control)
             else:  # several things at one position: look again here
                 self._schedule(control)
-        if self.measured or self.watched or self.last is not None:
-            self._measure(logits)
+        if self.measured:
+            self.measured.take(logits)
+        if self.watched:
+            self._watch(logits)
         if self.thinking or self.closed or self.closing:
             self._keep_from_ending(logits)
         if self.forcing:
@@ -463,7 +461,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         among all else. (Together that is: sample, and replace an end.)"""
         ids = [self._ending_ids(c) for c in rows]
         draws = [c.chance() for c in rows]
-        chances = _chances(logits, rows, ids, draws)
+        chances = chances_of(logits, rows, ids, draws)
         for control, draw, chance in zip(rows, draws, chances, strict=True):
             if draw < chance and not (control.guards_end() and control.forbids_end()):
                 control.decide()
@@ -497,100 +495,16 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         rows, ids = [c.row for c in self.forcing], [c.force() for c in self.forcing]
         logits[rows, ids] = CERTAIN
 
-    def _measure(self, logits: torch.Tensor) -> None:
-        """Add the last step's sampled tokens to the sums, and keep this step's log-probabilities for the next.
-
-        Mean log-probability: (1/n) sum log p(y_t). Self-certainty (arXiv 2502.18581, Eq. 6 as KL from uniform):
-        (1/n) sum_t KL(U || p_t) = (1/n) sum_t [-log V - (1/V) sum_v log p_t(v)]. Both before temperature, in nats; forced tokens
-        and the last token of a branch (the end-of-sequence mark, as a rule) are left out.
-        """
-        if self.last is not None:
-            before, log_probs = self.last
-            moved = [i for i, (c, n) in enumerate(before) if len(c.output) > n]
-            if moved:
-                ids = [before[i][0].output[before[i][1]] for i in moved]
-                picked = log_probs[moved, ids].tolist()
-                certainty = (-log_probs[moved].mean(-1) - math.log(log_probs.shape[-1])).tolist()
-                for i, value, sure in zip(moved, picked, certainty, strict=True):
-                    control = before[i][0]
-                    control.log_prob += value
-                    control.self_certainty += sure
-                    control.scored += 1
-                    control.latest = before[i][1] + 1, value, sure
-            self.last = None
-        live = [c for c in self.measured if not c.forcing()]
-        if live:
-            rows: Sequence[int] = [c.row for c in live]
-            self.last = ([(c, len(c.output)) for c in live], logits[rows].float().log_softmax(-1))
-        if self.watched:
-            self._watch(logits)
-
     def _watch(self, logits: torch.Tensor) -> None:
-        """Token confidence of the rows that stop on it: minus the mean log-probability of their k likeliest tokens."""
+        """End the thoughts whose confidence has fallen below what they may go on with."""
         live = [c for c in self.watched if not c.done and not c.forcing()]
-        if not live:
-            return
-        most = min(max(c.stop_top_k for c in live), logits.shape[-1])
-        own = logits[[c.row for c in live]].float()
-        top = (own.topk(most, dim=-1).values - own.logsumexp(-1, keepdim=True)).cumsum(-1)
-        at = torch.tensor([[min(c.stop_top_k, most) - 1] for c in live], device=top.device)
-        sums = top.gather(-1, at).squeeze(-1).tolist()
-        for control, total in zip(live, sums, strict=True):
-            if control.heard(-total / min(control.stop_top_k, most)):
+        for control, sure in zip(live, token_confidence(logits, live), strict=True):
+            if control.heard(sure):
                 control.decide()
                 self.decided.append(control)
                 control.close_now()
                 if control.arrive():
                     self.forcing.append(control)
-
-
-def _chances(
-    logits: torch.Tensor, rows: Sequence[Control], ids: Sequence[list[int]], draws: Sequence[float]
-) -> list[float]:
-    """P(one of ``ids``) for each row as its sampler would draw: after temperature, then top-k, then top-p. Top-p raises it to 1/p
-    times at most; where the row's draw lies above that, it is left as it is: the vocabulary is sorted where it matters only."""
-    device, vocab = logits.device, logits.shape[-1]
-    part = max(CACHED // vocab, 1) if device.type == "cpu" else len(rows)
-    p: list[float] = []
-    for first in range(0, len(rows), part):
-        some = rows[first : first + part]
-        own = logits[[c.row for c in some]].float()
-        if any(c.temperature != 1.0 for c in some):
-            own /= torch.tensor([max(c.temperature, COLDEST) for c in some], device=device)[:, None]
-        marks = ids[first : first + part]
-        width = max(map(len, marks))
-        padded = torch.tensor([[*i, *[0] * (width - len(i))] for i in marks], dtype=torch.long, device=device)
-        real = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in marks], device=device)
-        wanted = own.gather(-1, padded).masked_fill(~real, -math.inf)
-        p += (wanted.logsumexp(-1) - own.logsumexp(-1)).exp().tolist()
-        for i, control in enumerate(some, first):
-            if control.temperature < COLDEST:
-                p[i] = float(int(own[i - first].argmax()) in ids[i])
-            elif control.top_k or (control.top_p < 1 and draws[i] * control.top_p < p[i]):
-                p[i] = _truncated(own[i - first], ids[i], control)
-    return p
-
-
-def _truncated(own: torch.Tensor, ids: Sequence[int], control: Control) -> float:
-    """P(one of ``ids``) of one row after top-k and top-p, as vLLM cuts them: the smallest set of likeliest tokens with that mass is
-    kept."""
-    k = min(control.top_k or len(own), len(own))
-    top, order = own.topk(k) if k < len(own) else own.sort(descending=True)
-    kept = top.softmax(-1)
-    kept = torch.where(kept.cumsum(-1) - kept < control.top_p, kept, 0.0)
-    among = torch.isin(order, torch.tensor(list(ids), device=own.device))
-    return float((kept * among).sum() / kept.sum())
-
-
-def confidence(control: Control) -> tuple[float | None, float | None]:
-    """(mean log-probability, self-certainty) of a branch that has ended, in nats a token; None where nothing was measured. Where
-    vLLM runs a step ahead, its last token has been seen as well, and is taken out again."""
-    at, value, sure = control.latest
-    last = bool(at) and at >= len(control.output)
-    scored = control.scored - last
-    if not control.signals or scored < 1:
-        return None, None
-    return (control.log_prob - last * value) / scored, (control.self_certainty - last * sure) / scored
 
 
 def instructions(control: Control) -> dict[str, Any]:

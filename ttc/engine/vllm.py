@@ -384,7 +384,8 @@ class VLLMEngine:
                     self._forks.look(ticket, running)
 
     def _completion(self, ticket: int, finish: Finish) -> Completion:
-        from ttc.engine.control import CONTROLS, confidence
+        from ttc.engine.control import CONTROLS
+        from ttc.engine.reading import confidence
 
         running = self._running.pop(ticket)
         self._looked_at.discard(ticket)

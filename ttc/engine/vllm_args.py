@@ -21,7 +21,6 @@ OURS = {
     "block_size": "--kv-page",
     "scheduler_cls": None,
     "disable_log_stats": None,
-    "async_scheduling": None,
     "worker_extension_cls": None,
     "skip_tokenizer_init": None,
 }
