@@ -38,7 +38,7 @@ def test_values_are_read_as_on_vllms_command_line() -> None:
         ("enforce_eager=perhaps", "enforce_eager is true or false, not 'perhaps'"),
         ("additional_config={", "additional_config can't be '{'"),
         ("max_model_len=100", "max_model_len can't be set here; use --context"),
-        ("async_scheduling=true", "async_scheduling can't be set here; ttc needs its own value"),
+        ("disable_log_stats=true", "disable_log_stats can't be set here; ttc needs its own value"),
     ],
 )
 def test_what_vllm_would_refuse_is_said_in_one_line(given: str, words: str) -> None:
