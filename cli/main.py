@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -66,7 +67,7 @@ def main() -> None:
         signal.SIGTERM, signal.default_int_handler
     )  # ends as a Ctrl-C does: children are ended, too
     try:
-        app()
+        sys.exit(app(prog_name="ttc", standalone_mode=False))
     except InputError as error:
         sys.exit(_say(error, EXIT_BAD_INPUT))
     except TTCError as error:
@@ -74,6 +75,58 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(EXIT_BAD_INPUT)
+        sys.exit(_say(_refusal(error, sys.argv[1:]), EXIT_BAD_INPUT))
+
+
+def _refusal(error: Any, given: list[str]) -> str:
+    """What the parser has against a command line, in one line: the option, its value, and where to look. ``error`` is typer's."""
+    path = error.ctx.command_path if error.ctx else "ttc"
+    look = f"'{path} --help' lists what it takes"
+    kind, param, words = (
+        type(error).__name__,
+        getattr(error, "param", None),
+        " ".join(str(error.message).split()),
+    )
+    name = f"--{param.name}".replace("_", "-") if param and param.param_type_name == "option" else ""
+    name = (
+        next((o for o in param.opts if o.startswith("--")), name) if name else (param.name if param else "")
+    )
+    if kind == "NoSuchOption":
+        near = f"did you mean {' or '.join(sorted(error.possibilities))}? " if error.possibilities else ""
+        return f"{error.option_name}: no such option of '{path}'; {near}{look}"
+    if kind == "MissingParameter":
+        return f"{name}: not given, and '{path}' needs it; {look}"
+    if kind == "BadParameter" and param:
+        value = _value(given, param.opts)
+        said = (
+            words.removeprefix("Input ")
+            .removeprefix(f"{value!r} ")
+            .partition(", unable to parse")[0]
+            .rstrip(".")
+        )
+        return f"{name}: {value!r} {said}; {look}" if value is not None else f"{name}: {said}; {look}"
+    for part, mend in {
+        "unexpected extra argument": "put quotes round a text of several words",
+        "requires an argument": "write its value behind it",
+        "does not take a value": "leave the value out",
+    }.items():
+        look = mend if part in words else look
+    return f"{words[:1].lower()}{words[1:].rstrip('.?')}; {look}".replace(". Did you mean", "; did you mean")
+
+
+def _value(given: list[str], names: Sequence[str]) -> str | None:
+    """What the command line gives an option, as it was written: the last, if it is there more than once."""
+    for at in reversed(range(len(given))):
+        name, equals, value = given[at].partition("=")
+        if name in names:
+            return value if equals else next(iter(given[at + 1 : at + 2]), None)
+    return None
 
 
 def _say(error: object, code: int) -> int:
