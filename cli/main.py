@@ -88,21 +88,15 @@ def _refusal(error: Any, given: list[str]) -> str:
     """What the parser has against a command line, in one line: the option, its value, and where to look. ``error`` is typer's."""
     path = error.ctx.command_path if error.ctx else "ttc"
     look = f"'{path} --help' lists what it takes"
-    kind, param, words = (
-        type(error).__name__,
-        getattr(error, "param", None),
-        " ".join(str(error.message).split()),
-    )
-    name = f"--{param.name}".replace("_", "-") if param and param.param_type_name == "option" else ""
-    name = (
-        next((o for o in param.opts if o.startswith("--")), name) if name else (param.name if param else "")
-    )
+    kind, words = type(error).__name__, " ".join(str(error.message).split())
+    param: Any = getattr(error, "param", None)
+    name = next((o for o in param.opts if o.startswith("--")), param.name) if param is not None else ""
     if kind == "NoSuchOption":
         near = f"did you mean {' or '.join(sorted(error.possibilities))}? " if error.possibilities else ""
         return f"{error.option_name}: no such option of '{path}'; {near}{look}"
     if kind == "MissingParameter":
         return f"{name}: not given, and '{path}' needs it; {look}"
-    if kind == "BadParameter" and param:
+    if kind == "BadParameter" and name:
         value = _value(given, param.opts)
         said = (
             words.removeprefix("Input ")
