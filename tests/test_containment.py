@@ -7,10 +7,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import PlainJudge, make_problems
 from tests.driving import make_driver
 from tests.waiting import LIMIT_S
-from ttc.budget import Budget
+from ttc.budget import Budget, Scope
 from ttc.engine.fake import FakeEngine, Script
 from ttc.jobs import Status
 from ttc.ledger import Ledger
@@ -115,6 +117,53 @@ def test_failed_requests_are_issued_again_and_every_attempt_is_charged() -> None
     assert [b.finish for b in result.branches] == ["stop"] * 4
     assert engine.counters().requests == 8
     assert result.charge.tokens == engine.counters().output_tokens == 4 * (6 + 12)
+
+
+@pytest.mark.parametrize("scope", ["problem", "run"])
+def test_a_failed_request_waits_for_the_money_that_others_hold(scope: Scope, tmp_path: Path) -> None:
+    """Two branches hold the budget; one fails at its sixth token, and is issued again once the other has ended."""
+
+    def writer(request: Request, issued: int) -> Script:
+        return Script(10, "7", 1, fails_at=6 if (request.index, issued) == (0, 0) else None)
+
+    engine = FakeEngine(writer=writer)
+    ledger = Ledger.open(tmp_path / "run", {})
+    budget = Budget(57, "tokens", scope)
+    driver = make_driver(engine, parse("self-consistency?n=2"), budget, cap=20, ledger=ledger)
+    [result] = driver.run(make_problems(1))
+    assert [b.finish for b in result.branches] == ["stop", "stop"]
+    assert result.charge.tokens == engine.counters().output_tokens == 6 + 12 + 12
+    assert (driver.status.samples, driver.status.retried_samples, driver.status.failed_samples) == (2, 1, 0)
+    ledger.close()
+    rows = [json.loads(line) for line in (tmp_path / "run/branches.jsonl").read_text().splitlines()]
+    assert [row.get("interrupted", False) for row in rows] == [True, False, False]
+    ledger = Ledger.open(tmp_path / "run", {})
+    again = make_driver(engine, parse("self-consistency?n=2"), budget, cap=20, ledger=ledger)
+    [result] = again.run(make_problems(1))
+    ledger.close()
+    assert (result.charge.tokens, engine.counters().output_tokens) == (30, 30), "nothing is sampled again"
+
+
+@pytest.mark.parametrize("policy", ["self-consistency?n=2", "adaptive?max_samples=2&width=2&price=0"])
+def test_a_failed_request_is_lost_if_the_money_for_another_never_comes(policy: str) -> None:
+    def writer(request: Request, issued: int) -> Script:
+        return Script(18, "7", 1, fails_at=12 if request.index == 0 else None)
+
+    engine = FakeEngine(writer=writer)
+    driver = make_driver(engine, parse(policy), Budget(57, "tokens"), cap=20)
+    [result] = driver.run(make_problems(1))
+    assert sorted(b.finish for b in result.branches) == ["error", "stop"]
+    assert (result.answer, result.error) == ("7", "")
+    assert result.charge.tokens == engine.counters().output_tokens == 12 + 20
+    assert (driver.status.samples, driver.status.failed_samples) == (2, 1)
+
+
+def test_a_failed_first_answer_is_tried_again_as_long_as_the_rest_allows() -> None:
+    """What is left pays for no second thought of the same length, but for a shorter one."""
+    engine = FakeEngine(writer=lambda request, issued: Script(20, "7", 1, fails_at=None if issued else 6))
+    [result] = make_driver(engine, parse("greedy"), Budget(30, "tokens"), cap=20).run(make_problems(1))
+    assert result.answer == "7"
+    assert result.charge.tokens == engine.counters().output_tokens <= 30
 
 
 def test_a_problem_whose_requests_all_fail_is_an_error_not_a_crash() -> None:

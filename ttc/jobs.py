@@ -124,13 +124,21 @@ class Account:
     planned: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A branch that waits for the money for another attempt: how many there were, and what the last became (charged already)."""
+
+    attempts: int
+    branch: Branch
+
+
 @dataclass(slots=True)
 class Job:
     """One problem on its way; ``posed``: as its policy and the reward model see it. ``prompts``: its prompt in tokens at each
-    effort. For ``Generate`` work: its ``open`` slots. For
-    ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices that it
-    cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way to its
-    answer; ``traceback``: of the policy's exception."""
+    effort. ``failures``: by slot, those of its ``pending`` requests that have failed before. For ``Generate`` work: its ``open``
+    slots. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices
+    that it cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way
+    to its answer; ``traceback``: of the policy's exception."""
 
     order: int
     problem: Problem
@@ -140,6 +148,7 @@ class Job:
     routine: Routine | None = None
     work: Generate | Steer | None = None
     pending: deque[tuple[int, Request]] = field(default_factory=deque)
+    failures: dict[int, Failed] = field(default_factory=dict)
     slots: list[Branch | None] = field(default_factory=list)
     open: int = 0
     arrived: list[Branch] = field(default_factory=list)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from ttc.books import Books
 from ttc.cashier import Cashier
 from ttc.flights import Flights
-from ttc.jobs import Desk, Job
-from ttc.types import Branch, Completion, Steer
+from ttc.jobs import Desk, Failed, Job
+from ttc.types import Branch, Completion, Request, Steer
 
 AHEAD = 0.25
 """How much of what is left of a shared budget steered pieces may have under way: the rest waits for what those teach."""
@@ -41,6 +41,12 @@ class Starts:
             first = 1 / (1 + job.value)  # the highest value first, after every problem's first branch
         self._pushes += 1
         heapq.heappush(self._ready, (first, job.order, self._pushes, job))
+
+    def again(self, job: Job, slot: int, request: Request, failed: Failed) -> None:
+        """The request has failed, and may be started again when there is money for it."""
+        job.failures[slot] = failed
+        job.pending.appendleft((slot, request))
+        self.push(job)
 
     def unpark(self) -> None:
         """Money may have come back: what waited for it may try again."""
@@ -96,7 +102,10 @@ class Starts:
         job.pending.popleft()
         if thinking != request.thinking_tokens:
             request = replace(request, thinking_tokens=thinking)
-        self.flights.submit(job, slot, request)
+        failed = job.failures.pop(slot, None)
+        if failed is not None:
+            self.books.status.retried_samples += 1
+        self.flights.submit(job, slot, request, attempts=failed.attempts if failed is not None else 0)
         return True
 
     def _deny(self, job: Job) -> None:
@@ -106,10 +115,10 @@ class Starts:
         denied = list(job.pending)
         job.pending.clear()
         for slot, request in denied:
+            failed = job.failures.pop(slot, None)
             nothing = Completion("", "denied", 0, 0)
-            self.desk.arrive(
-                job, slot, Branch(job.problem.id, request.index, request.seed, nothing, None, None)
-            )
+            denied_one = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
+            self.desk.arrive(job, slot, failed.branch if failed is not None else denied_one)
 
     def crowding(self) -> str:
         """What keeps the first branches from filling the engine, where that is the money that is held for them."""
