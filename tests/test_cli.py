@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.waiting import LIMIT_S
-from ttc import nano
+from ttc import nano, watch
 from ttc.policies import parse
 from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine
 
@@ -269,6 +269,7 @@ class Struck:
 
     def arrived(self, done: Sequence[Branch]) -> bool:
         ARRIVED.append(done[-1])
+        watch.NOTE_SECONDS = 0.0  # what runs is noted after each step
         if len(ARRIVED) == int(os.environ.get("STRUCK_AT", "0")):
             os.kill(os.getpid(), signal.Signals[os.environ["STRUCK_BY"]])
         return False
@@ -297,7 +298,12 @@ def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tm
     summary = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
     rows = [json.loads(line) for line in branches.read_text().splitlines()]
-    keys = [(r["problem"], r["index"]) for r in rows]
+    cut = [row for row in rows if row.get("interrupted")]
+    assert len(cut) <= 8, "what was under way when it was killed"
+    spent = [row["charge"].get(f"tokens_{kind}", 0) for row in rows for kind in ("generated", "forced")]
+    assert summary["spent"]["tokens"] == sum(spent), "and its tokens are counted"
+    assert not (out / "running.json").exists()
+    keys = [(r["problem"], r["index"]) for r in rows if not r.get("interrupted")]
     assert len(keys) == len(set(keys)) == 360, "each branch sampled once, none lost"
     assert rows[:60] == whole, "what was there is untouched"
     assert summary["problems"] == summary["answered"] == 60

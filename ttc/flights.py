@@ -157,13 +157,29 @@ class Flights:
             problem.id, flight.request.index, flight.request.seed, completion, answer, vote, charge, tuple(flight.probes)
         )  # fmt: skip
 
+    def so_far(self, ticket: int, why: str) -> Branch:
+        """A running branch as it is now, cut for that reason, at its price."""
+        flight = self.aloft[ticket]
+        prompt = self.cashier.prompt(flight.job, flight.request) if flight.tokens else 0
+        cut = Completion("", "abort", prompt, flight.tokens, weight_reads=flight.reads, error=why)
+        return self.branch(flight, cut, self._price(flight, cut))
+
+    def _price(self, flight: Flight, completion: Completion) -> Charge:
+        seconds = self.clock() - flight.submitted
+        return flight.carried + self.cashier.pricer.charge(flight.request, completion, seconds)
+
     def record(self, ticket: int, completion: Completion) -> None:
         """A branch has ended whose problem will not go on in this session: charge it and write it down."""
         flight = self.aloft[ticket]
-        seconds = self.clock() - flight.submitted
-        charge = flight.carried + self.cashier.pricer.charge(flight.request, completion, seconds)
-        self.books.charge(flight.job, charge)
-        cut = completion.finish not in ("stop", "length")
-        branch = self.branch(flight, completion, charge)
+        self._write(ticket, self.branch(flight, completion, self._price(flight, completion)))
+
+    def record_lost(self, ticket: int, why: str) -> None:
+        """What became of a branch is not known: it is charged and written down at what was last seen of it."""
+        self._write(ticket, self.so_far(ticket, why))
+
+    def _write(self, ticket: int, branch: Branch) -> None:
+        flight = self.aloft[ticket]
+        self.books.charge(flight.job, branch.charge)
+        cut = branch.finish not in ("stop", "length")
         self.books.ledger.write_branch(branch, flight.request, interrupted=cut)
         del self.aloft[ticket]

@@ -1,7 +1,8 @@
 """The ledger of a run: what happened, one line at a time, on disk before anyone acts on it.
 
 A run directory holds ``run.json`` (configuration, seed, versions, model, machine), ``branches.jsonl`` (one whole line per finished
-branch, flushed before its policy sees it), ``scores.jsonl`` where a reward model was asked, ``decisions.jsonl``, ``results.jsonl``.
+branch, flushed before its policy sees it), ``scores.jsonl`` where a reward model was asked, ``decisions.jsonl``, ``results.jsonl``,
+and while it runs ``running.json``: what the branches under way have cost so far, so that a killed run's spending is known.
 Opening it again resumes: a torn last line is dropped, and a changed configuration refused. The ledger, not the seed, is the record:
 bf16 samples depend on the batch that they ran in. Knows no prices and no engine.
 """
@@ -13,7 +14,8 @@ import json
 import os
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -70,6 +72,8 @@ class Ledger:
     _indices: dict[str, dict[int, None]] = field(default_factory=dict)
     _scores: dict[tuple[str, str], deque[tuple[tuple[float, ...], Charge]]] = field(default_factory=dict)
     _files: dict[str, IO[str]] = field(default_factory=dict)
+    _branch_rows: int = 0
+    _noted: bool = False
 
     @staticmethod
     def open(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> Ledger:
@@ -111,11 +115,13 @@ class Ledger:
             _write_atomically(run_file, json.dumps(wanted, indent=2) + "\n")
         for name in ("decisions", "results"):
             self._files[name] = (path / f"{name}.jsonl").open("a", encoding="utf-8")
+        self._settle_killed(path / "running.json")
 
     # -- reading back ------------------------------------------------------------------------------------------------------
     def _load(self) -> None:
         assert self.directory is not None
         for order, row in enumerate(self._rows("branches")):
+            self._branch_rows = order + 1
             branch = branch_from_json(row)
             if row.get("interrupted"):
                 self.interrupted.setdefault(branch.problem_id, []).append(branch.charge)
@@ -145,6 +151,27 @@ class Ledger:
             for recorded in lost:
                 found.remove(recorded)
                 self.interrupted.setdefault(problem, []).append(recorded.branch.charge)
+
+    def _settle_killed(self, note: Path) -> None:
+        """Write down as cut what an earlier process had under way when it was killed, as it was last noted."""
+        assert self.directory is not None
+        if not note.is_file():
+            return
+        noted = _read_object(note)
+        since = self._rows("branches")[noted["after"] :]
+        landed = {(row["problem"], row["index"], row["digest"]) for row in since}
+        lost = [row for row in noted["rows"] if (row["problem"], row["index"], row["digest"]) not in landed]
+        for row in lost:
+            self._append("branches", row, sync=True)
+            self._branch_rows += 1
+            self.interrupted.setdefault(row["problem"], []).append(_build(Charge, row["charge"]))
+        note.unlink()
+        if lost:
+            tokens = sum(_build(Charge, row["charge"]).tokens for row in lost)
+            self.notices.append(
+                f"{len(lost)} branches were under way when the run was killed; what they had cost is counted"
+                f" ({tokens:,} tokens), and they are sampled again"
+            )
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file; a torn last line (no newline, or not JSON) is cut off, with a word about it."""
@@ -189,13 +216,31 @@ class Ledger:
                 yield recorded.branch
 
     # -- writing -----------------------------------------------------------------------------------------------------------
+    @property
+    def kept(self) -> bool:
+        """Whether anything is written to disk."""
+        return bool(self._files)
+
     def write_branch(self, branch: Branch, request: Request, *, interrupted: bool = False) -> None:
         if not self._files:
             return
-        row = branch_to_json(branch) | {"digest": request.digest()}
-        if request.prefix:
-            row["prefix"] = request.prefix
-        self._append("branches", row | ({"interrupted": True} if interrupted else {}), sync=True)
+        self._append("branches", _branch_row(branch, request, interrupted), sync=True)
+        self._branch_rows += 1
+
+    def note_running(self, running: Iterable[tuple[Branch, Request]]) -> None:
+        """What the branches under way have cost so far: in place of the last note, and all that is known of them if this process is
+        killed."""
+        if not self._files or self.directory is None:
+            return
+        rows = [_branch_row(branch, request, interrupted=True) for branch, request in running]
+        note = {"after": self._branch_rows, "rows": rows}
+        path, temporary = self.directory / "running.json", self.directory / "running.tmp"
+        with self._writing():
+            temporary.write_text(
+                json.dumps(note, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+            )
+            os.replace(temporary, path)
+        self._noted = True
 
     def write_scores(
         self, problem_id: str, digest: str, scores: Sequence[float] | None, charge: Charge
@@ -223,16 +268,23 @@ class Ledger:
         if file is None:
             return
         line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        try:
+        with self._writing():
             file.write(line)
             if sync:
                 file.flush()  # to the kernel: survives kill -9 of this process
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise LedgerError(
                 f"out: {self.directory} can't be written ({error.strerror}); make room there, and repeat the command to resume"
             ) from error
 
     def close(self) -> None:
+        if self._noted and self.directory is not None:
+            (self.directory / "running.json").unlink(missing_ok=True)  # all that ran has a line of its own
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -241,6 +293,13 @@ class Ledger:
 
 
 # -- JSON forms ------------------------------------------------------------------------------------------------------------
+def _branch_row(branch: Branch, request: Request, interrupted: bool) -> dict[str, Any]:
+    row = branch_to_json(branch) | {"digest": request.digest()}
+    if request.prefix:
+        row["prefix"] = request.prefix
+    return row | ({"interrupted": True} if interrupted else {})
+
+
 def branch_to_json(branch: Branch) -> dict[str, Any]:
     """One line of branches.jsonl: Branch, with its Completion and Charge flattened into objects; empty fields left out."""
     completion = _without_defaults(branch.completion)

@@ -1,4 +1,4 @@
-"""What ends branches from outside: the clock of a seconds budget, stalls, Ctrl-C, an engine that died."""
+"""What ends branches from outside: the clock of a seconds budget, stalls, Ctrl-C, an engine that died, kill -9."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from ttc.books import Books
 from ttc.cashier import Cashier
 from ttc.errors import EngineError
 from ttc.flights import Flights
-from ttc.types import Completion
 
 RETRIES = 2
 """How often the driver issues a failed request again (engines retry their own transport errors themselves)."""
@@ -15,13 +14,17 @@ PATIENCE_SECONDS, PATIENCE_STEPS = 5.0, 100
 """How long, and for how many steps at the least, the driver waits to hear how cancelled branches ended when a run is stopped."""
 
 
+NOTE_SECONDS = 2.0
+"""How often what runs is noted in the run directory: a killed process has spent no more than this much time unseen."""
+
+
 class Watch:
     """Looks at the flights after each step. A request that brings no token for ``stall_seconds`` is cancelled and counts as
-    failed."""
+    failed. What has been spent on running branches is noted in the run directory every ``NOTE_SECONDS``."""
 
     def __init__(self, flights: Flights, cashier: Cashier, books: Books, stall_seconds: float) -> None:
         self.flights, self.cashier, self.books, self.stall_seconds = flights, cashier, books, stall_seconds
-        self._next_look = 0.0
+        self._next_look = self._next_note = 0.0
 
     def look(self, now: float) -> None:
         if self.cashier.budget.unit == "seconds":
@@ -29,6 +32,15 @@ class Watch:
         if now >= self._next_look:
             self._stalls(now)
             self._next_look = now + self.stall_seconds / 50
+        if now >= self._next_note and self.books.ledger.kept:
+            self._note(now)
+            self._next_note = now + NOTE_SECONDS
+
+    def _note(self, now: float) -> None:
+        flights = self.flights
+        flights.follow(flights.standing, now)
+        running = [(flights.so_far(t, "the process was killed"), f.request) for t, f in flights.aloft.items()]
+        self.books.ledger.note_running(running)
 
     def _clock(self) -> None:
         """Close the thoughts for which the time that closing takes is all that is left; cancel what runs at the end of time."""
@@ -78,7 +90,5 @@ class Watch:
         """The engine is gone: what was running is charged at what was last seen of it."""
         flights = self.flights
         flights.follow(flights.standing, flights.clock(), gone=True)
-        for ticket, flight in list(flights.aloft.items()):
-            prompt = self.cashier.prompt(flight.job, flight.request) if flight.tokens else 0
-            lost = Completion("", "abort", prompt, flight.tokens, weight_reads=flight.reads, error=why)
-            flights.record(ticket, lost)
+        for ticket in list(flights.aloft):
+            flights.record_lost(ticket, why)
