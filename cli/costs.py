@@ -149,7 +149,7 @@ def cost(
 def _show_cost(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from ttc.cli.render import stdout
+    from ttc.cli.render import show, stdout
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "FLOPs", "bytes", "eFLOPs", "seconds"):
@@ -158,7 +158,7 @@ def _show_cost(result: dict[str, Any]) -> None:
         row = result[name]
         seconds = f"{row['seconds']:.4g}" if "seconds" in row else ""
         table.add_row(name, *(si(row[k]) for k in ("flops", "bytes", "eflops")), seconds)
-    stdout.print(table)
+    show(table)
     m = result["model"]
     stdout.print(
         f"{m['name']}: {_count(m['params'])} parameters ({_count(m['active_params'])} active), "
@@ -327,8 +327,9 @@ def _show_frontier(
     clean = pareto(points, axis(tariff, unit, convention), gain=GAIN)
     stdout.print(terminal(points, clean, axis(tariff, unit, convention), f"{unit} ({convention})"))
     _table([("", p) for p in clean], tariff)
-    where = "; ".join(f"{b['model']} to {b['accuracy'][1]:.2f} ({si(b['cost'][1])})" for b in result["bands"])
-    stdout.print(f"Who rules up to which accuracy and cost: {where}.")
+    stdout.print(f"Who rules up to which accuracy and cost in {unit}:")
+    for band in result["bands"]:
+        stdout.print(f"  {band['model']} to {band['accuracy'][1]:.2f} ({si(band['cost'][1]).strip()})")
     stdout.print(
         f"Model-size threshold: {result['threshold_model']} (by FLOPs: {result['threshold_model_by_flops']})."
     )
@@ -388,10 +389,11 @@ def _allocations(
 def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:
     from rich.table import Table
 
-    from ttc.cli.render import stdout
+    from ttc.cli.render import show
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "configuration", "accuracy", "tokens", "eFLOPs", "by Kinetics"):
+    named = any(name for name, _ in rows)
+    for heading in ("",) * named + ("configuration", "accuracy", "tokens", "eFLOPs", "by Kinetics"):
         left = heading in ("", "configuration")
         table.add_column(
             heading, justify="left" if left else "right", no_wrap=heading != "configuration"
@@ -400,10 +402,10 @@ def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:
         shown = point.to_json(tariff)
         accuracy = "?" if point.accuracy is None else f"{point.accuracy.mean:.1%}"
         if shown["accuracy_ci95"]:
-            accuracy += " [{:.0%}, {:.0%}]".format(*shown["accuracy_ci95"])
+            accuracy += " [{:.0f}, {:.0f}]".format(*(100 * end for end in shown["accuracy_ci95"]))
         numbers = (si(shown[k]) for k in ("tokens", "eflops", "eflops_kinetics"))
-        table.add_row(name, point.label(), accuracy, *numbers)
-    stdout.print(table)
+        table.add_row(*([name] if named else []), point.label(), accuracy, *numbers)
+    show(table)
 
 
 def _tariff(

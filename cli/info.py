@@ -1,12 +1,14 @@
-"""``ttc models`` and ``ttc doctor``: what is here, does it work."""
+"""``ttc models``, ``ttc policies`` and ``ttc doctor``: what is here, does it work."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import platform
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ def models(as_json: AsJson = False) -> None:
         return
     from rich.table import Table
 
-    from ttc.cli.render import in_pieces, stdout
+    from ttc.cli.render import in_pieces, show, stdout
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("task: right in one sample, %")
@@ -38,12 +40,45 @@ def models(as_json: AsJson = False) -> None:
             in_pieces(task, room),
             *(f"{100 * m.pass_at_1[task]:.0f}" if task in m.pass_at_1 else "" for m in known),
         )
-    stdout.print(table)
+    show(table)
     stdout.print(
         "Held-out problems, 200 a task; intervals, votes, lengths: README.md in a model's folder (--json: its path)."
     )
     stdout.print("A folder with a Hugging Face model, or a hub id, works wherever a name does.")
     stdout.print(f"Reward models, for --reward: {', '.join(nano.rewards())}.")
+
+
+def policies(
+    name: Annotated[str | None, typer.Argument(help="Only this one, with all that there is to say.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the policies with their options, as '--policy' takes them, and what they are if not given."""
+    from ttc.policies import POLICIES, parse
+
+    known = {n: parse(n) for n in (POLICIES if name is None else [name.partition("?")[0]])}
+    told = {n: (inspect.getdoc(type(policy)) or "").replace("``", "'") for n, policy in known.items()}
+    options = {
+        n: {f.name: getattr(policy, f.name) for f in fields(policy)} if is_dataclass(policy) else {}
+        for n, policy in known.items()
+    }
+    if as_json:
+        rows = [{"name": n, "options": options[n], "about": told[n]} for n in known]
+        print(json.dumps(rows, default=str))
+        return
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from ttc.cli.render import show, stdout
+
+    for n in known:
+        given = ", ".join(f"{key}={'' if value is None else value}" for key, value in options[n].items())
+        show(Text.assemble((n, "bold"), f"  {given}"))
+        first = re.split(r"(?<=[^\s\d])\.\s", told[n], maxsplit=1)[0].rstrip(".") + "."
+        show(Padding(Text(" ".join(first.split()) if name is None else told[n]), (0, 0, 0, 4)))
+    if name is None:
+        stdout.print(
+            "Write options as in --policy 'best-of-n?n=16&score=mean-logprob'; 'ttc policies NAME' tells all about one."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +108,16 @@ def doctor(
             )
         )
     else:
+        from rich.table import Table
         from rich.text import Text
 
-        from ttc.cli.render import stdout
+        from ttc.cli.render import show
 
+        table = Table.grid(padding=(0, 1, 0, 0))
         for check in checks:
             mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}[check.ok]
-            stdout.print(Text.assemble((mark, style), f" {check.name:22} {check.detail}"), soft_wrap=True)
+            table.add_row(Text(mark, style), check.name, Text(check.detail))
+        show(table)
     if failed:
         raise typer.Exit(1)
 
@@ -119,11 +157,18 @@ def _plugin() -> Check:
 
 
 def _sparse_plugin() -> Check:
-    from ttc.attention import plugin
-    from ttc.attention.compiled import selector
+    from ttc.engine.vllm_start import import_vllm
+    from ttc.errors import EngineError
 
     if importlib.util.find_spec("vllm") is None:
         return Check("sparse decoding", None, "needs vLLM")
+    try:
+        import_vllm()  # before anything imports torch: it is told to be quiet
+    except EngineError as error:
+        return Check("sparse decoding", None, str(error))
+    from ttc.attention import plugin
+    from ttc.attention.compiled import selector
+
     if not plugin.installed():
         return Check(
             "sparse decoding",

@@ -43,7 +43,7 @@ app = typer.Typer(
 for title, commands in {
     "Answer": (solve.solve, solve.demo, report.report),
     "Decide before paying": (costs.plan, costs.cost, costs.frontier, simulate.simulate),
-    "Know what is here": (info.models, info.doctor),
+    "Know what is here": (info.models, info.policies, info.doctor),
 }.items():
     for command in commands:
         app.command(rich_help_panel=title)(command)
@@ -124,7 +124,9 @@ def _value(given: list[str], names: Sequence[str]) -> str | None:
 
 
 def _say(error: object, code: int) -> int:
-    print(f"ttc: {error}", file=sys.stderr)
+    from ttc.cli.render import note
+
+    note(error)
     return code
 
 

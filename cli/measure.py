@@ -72,9 +72,10 @@ def cost(
         print(json.dumps(timed))
         return
     seconds = timed["seconds"]
+    span = f"{min(seconds):.3f} to {max(seconds):.3f}, {rounds} rounds"
     print(
-        f"{timed['points']:,} points in {statistics.median(seconds):.3f} s, median of {rounds} rounds "
-        f"({min(seconds):.3f} to {max(seconds):.3f}); one call {1e6 * timed['seconds_per_call']:.1f} µs"
+        f"{timed['points']:,} points in {statistics.median(seconds):.3f} s ({span}); "
+        f"one call {1e6 * timed['seconds_per_call']:.1f} µs"
     )
 
 

@@ -62,8 +62,12 @@ def terminal(
     lines.append("      └" + "─" * width)
     left, right = f"{10**low:.2g}", f"{10**high:.2g}"
     lines.append(f"       {left}{label:^{max(1, width - len(left) - len(right))}}{right}")
-    legend = "   ".join(f"{MARKS[k % len(MARKS)]} {name}" for k, name in enumerate(models))
-    return "\n".join([*lines, f"       {legend}   · dominated"])
+    legend = [""]
+    for entry in (*(f"{MARKS[k % len(MARKS)]} {name}" for k, name in enumerate(models)), "· dominated"):
+        if legend[-1] and len(legend[-1]) + 3 + len(entry) > width:
+            legend.append("")
+        legend[-1] += ("   " if legend[-1] else "") + entry
+    return "\n".join([*lines, *(f"       {line}" for line in legend)])
 
 
 def draw(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -27,6 +27,22 @@ if not stdout.is_terminal and "COLUMNS" not in os.environ:
 _REFRESH_SECONDS = 0.2
 _WIDE = 100
 """Columns from which there is room for a bar and for what matters less."""
+
+
+def note(words: object, *, whole: bool = False) -> None:
+    """A line of ttc's own on stderr; on a terminal it goes on below between two words, but where it is ``whole``: to be copied."""
+    stderr.print(f"ttc: {words}", markup=False, soft_wrap=whole or not stderr.is_terminal)
+
+
+def show(what: RenderableType, console: Console = stdout) -> None:
+    """A table or a text of several lines; off a terminal without the blanks that fill lines up."""
+    if console.is_terminal:
+        console.print(what)
+        return
+    with console.capture() as drawn:
+        console.print(what)
+    for line in drawn.get().splitlines():
+        console.print(line.rstrip(), markup=False, soft_wrap=True)
 
 
 class _Facts(ProgressColumn):
@@ -180,7 +196,7 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, repl
     table.add_row(
         "problems", f"{summary['answered']} of {summary['problems']} answered{failed}{skipped}{resumed}"
     )
-    ends = ", ".join(f"{count} {_ENDS.get(why, why)}" for why, count in sorted(summary["stopped"].items()))
+    ends = ", ".join(f"{count} {ENDS.get(why, why)}" for why, count in sorted(summary["stopped"].items()))
     table.add_row("ended", ends)
     table.add_row("samples", _samples(summary))
     table.add_row(
@@ -206,13 +222,14 @@ def print_summary(summary: Mapping[str, Any], console: Console = stdout, *, repl
     table.add_row(
         "budget", f"{whole} {'a problem' if budget['scope'] == 'problem' else 'for the run'}: {over}"
     )
-    console.print(table)
+    show(table, console)
 
 
-_ENDS = {
+ENDS = {
     "samples": "with all samples",
     "budget": "out of budget",
     "confident": "sure before that",
+    "gave-up": "given up",
     "failed": "failed",
 }
 """What ``Result.stop`` says of a problem."""

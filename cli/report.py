@@ -36,16 +36,18 @@ def report(
     from rich.markup import escape
     from rich.tree import Tree
 
+    from ttc.budget import format_amount
+    from ttc.cli.render import ENDS
     from ttc.cli.render import stdout as console
 
+    unit = json.loads((run / "run.json").read_text(encoding="utf-8"))["budget"]["unit"]
     for each in told:
         mark = {True: "right", False: "wrong", None: "not judged"}[each["correct"]]
         answer = escape(str(each["answer"]))
-        tree = Tree(
-            f"{escape(each['problem'])}: {answer} ({mark}), {each['tokens']:,} tokens, stopped: {each['stop'] or 'not finished'}"
-        )
+        ended = ENDS.get(each["stop"], each["stop"]) or "not finished"
+        tree = Tree(f"{escape(each['problem'])}: {answer} ({mark}), {each['tokens']:,} tokens, {ended}")
         for decision in each["decisions"]:
-            price = f", at most {decision['price']:,.4g}" if decision["price"] else ""
+            price = f", at most {format_amount(decision['price'], unit)}" if decision["price"] else ""
             tree.add(escape(f"{decision['what']}: {decision['why']}{price}"))
         branches = tree.add(f"{len(each['branches'])} branches")
         for branch in each["branches"]:

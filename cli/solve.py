@@ -47,7 +47,7 @@ PolicyOption = Annotated[
     _budget(
         "--policy",
         "-p",
-        help="self-consistency, best-of-n, iterative-deepening, …; options as 'best-of-n?n=16'.",
+        help="self-consistency, best-of-n, … ('ttc policies' lists them); options as 'best-of-n?n=16'.",
     ),
 ]
 BudgetOption = Annotated[
@@ -161,11 +161,12 @@ def solve(
     check_reward(rule, judge, most.unit)
     with _opened(model or "", engine, options, say=not (quiet or as_json)) as opened:
         from ttc.api import Run, fitting
+        from ttc.cli.render import note
 
         problems = list(loaded.problems)
         skipped = list(loaded.skipped)
         if loaded.extras:
-            _note(f"columns kept in each problem's meta: {', '.join(loaded.extras)}")
+            note(f"columns kept in each problem's meta: {', '.join(loaded.extras)}")
         if skip_bad_rows:
             problems, long = fitting(problems, opened, settings)
             skipped += long
@@ -234,12 +235,6 @@ def _telling(result: Result) -> tuple[bool, int]:
     return bool(result.verdict and result.verdict.correct), len(result.votes)
 
 
-def _note(words: str) -> None:
-    from ttc.cli.render import stderr
-
-    stderr.print(f"ttc: {words}", markup=False, soft_wrap=True)
-
-
 def _shape(name: str) -> Any:
     from ttc import nano
     from ttc.costmodel import ModelShape
@@ -269,12 +264,12 @@ def _saying(what: str, say: bool) -> AbstractContextManager[Any]:
 
 def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
     """Run to the end, or to the first signal, showing progress."""
-    from ttc.cli.render import Live, print_line
+    from ttc.cli.render import Live, note, print_line
 
     for notice in run.notices:
-        _note(notice)
+        note(notice)
     for line in run.skipped_rows:
-        _note(f"skipped {line}")
+        note(f"skipped {line}")
     by_id = {p.id: p for p in run.problems}
     results: list[Result] = []
     unsaid = True
@@ -282,7 +277,7 @@ def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
     def step(status: Status) -> None:
         nonlocal unsaid
         if unsaid and run.driver.crowded:
-            _note(run.driver.crowded)
+            note(run.driver.crowded)
         unsaid = False
         live.update(status)
 
@@ -303,9 +298,11 @@ def _follow(run: Run, *, quiet: bool, lines: bool) -> list[Result]:
 
 def _stopped(run: Run, done: int) -> None:
     """Say that the run was stopped, and the command that goes on with it."""
-    _note(f"stopped: {_saved(run, done)}")
+    from ttc.cli.render import note
+
+    note(f"stopped: {_saved(run, done)}")
     if run.ledger.directory:
-        _note(f"to go on: {shlex.join(['ttc', *sys.argv[1:]])}")
+        note(f"to go on: {shlex.join(['ttc', *sys.argv[1:]])}", whole=True)
 
 
 def _saved(run: Run, done: int) -> str:
@@ -336,7 +333,7 @@ def _signals(run: Run) -> Iterator[None]:
 
 
 def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> None:
-    from ttc.cli.render import print_answer, print_summary
+    from ttc.cli.render import note, print_answer, print_summary
 
     summary = run.summary()
     if as_json:
@@ -352,7 +349,7 @@ def _close(run: Run, results: list[Result], *, as_json: bool, single: bool) -> N
         raise typer.Exit(3)
     for result in results:
         if result.error and not as_json:
-            _note(f"{result.problem_id} failed: {result.error}")
+            note(f"{result.problem_id} failed: {result.error}")
     sys.stdout.flush()
     if single and results and results[0].answer is None and results[0].error.startswith("budget:"):
         raise typer.Exit(2)

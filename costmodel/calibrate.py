@@ -87,11 +87,17 @@ def design(
     Corners of the fitted box are never held out, so that inside means interpolation. Raises InputError for a
     grid too small.
     """
-    if len(batches) < 3 or len(contexts) < 3 or len(prefills) < 4:
-        raise InputError(
-            "calibration grid is too small; give at least 3 batches, 3 contexts, 4 prefill lengths"
-        )
     batches, contexts, prefills = sorted(set(batches)), sorted(set(contexts)), sorted(set(prefills))
+    for name, values, least in (
+        ("batches", batches, 3),
+        ("contexts", contexts, 3),
+        ("prefills", prefills, 4),
+    ):
+        if len(values) < least:
+            told = ",".join(map(str, values))
+            raise InputError(
+                f"{name}: {told} is too small a grid to fit and to hold out from; give at least {least} numbers"
+            )
     cells = []
     for number, (batch, context) in enumerate(itertools.product(batches, contexts)):
         edge = batch == batches[-1] or context == contexts[-1]

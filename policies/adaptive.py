@@ -78,11 +78,12 @@ class Ballot:
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """See the module. ``price`` is what as many tokens as the limit on thinking must add to P(right); ``confidence`` stops earlier,
-    once the leader is the most frequent answer with that probability; ``width`` branches start side by side (latency for tokens;
-    with a dozen or more set ``early`` to 1: agreement between branches that all started together is a guess they share).
-    ``level``, ``slope`` and ``spread`` are the prior's (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set
-    by hand, on both AIME pools. ``over`` is a policy of steered chains whose control every branch gets."""
+    """Buys one more vote while what it adds to P(right) is worth its tokens (the module tells how). ``price`` is what as many
+    tokens as the limit on thinking must add; ``confidence`` stops earlier, once the leader is the most frequent answer with that
+    probability; ``width`` branches start side by side (latency for tokens; with a dozen or more set ``early`` to 1: agreement
+    between branches that all started together is a guess they share). ``level``, ``slope`` and ``spread`` are the prior's
+    (``posterior``), fitted by ``python -m ttc.simulate fit``; the rest was set by hand, on both AIME pools. ``over`` is a policy of
+    steered chains whose control every branch gets."""
 
     max_samples: int = HORIZON
     price: float = 0.05

@@ -17,7 +17,7 @@ import pytest
 
 from tests.waiting import LIMIT_S
 from ttc import nano, watch
-from ttc.policies import parse
+from ttc.policies import POLICIES, parse
 from ttc.types import Branch, Brief, Generate, Outcome, Problem, Routine
 
 TTC = [sys.executable, "-m", "ttc.cli.main"]
@@ -158,6 +158,39 @@ def test_help_models_and_version_need_no_engine() -> None:
     assert "62" in next(line for line in shown.splitlines() if "chain_sum?min_terms=3" in line)
     assert ttc("--version").stdout.strip() == "0.1.0"
     assert ttc("nonsense").returncode == 2
+
+
+def test_policies_are_listed_with_what_parse_takes(here: Here) -> None:
+    rows = json.loads(here("policies", "--json").stdout)
+    assert [row["name"] for row in rows] == list(POLICIES)
+    for row in rows:
+        given = "&".join(f"{k}={'' if v is None else v}" for k, v in row["options"].items())
+        assert parse(f"{row['name']}?{given}") == parse(row["name"])
+        assert row["about"]
+    shown = here("policies").stdout
+    assert all(f"\n{row['name']}" in f"\n{shown}" for row in rows)
+    assert "self-certainty" in here("policies", "best-of-n").stdout
+    assert "did you mean 'best-of-n'" in here("policies", "best-of-m").stderr
+    own = here("policies", "tests.test_cli:Struck")
+    assert own.returncode == 0 and own.stdout.startswith("tests.test_cli:Struck")
+
+
+def test_a_report_says_what_was_bought_at_most_and_why_it_ended(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"budget": {"amount": 4000, "unit": "tokens", "scope": "problem"}}')
+    bought = {"problem_id": "a", "what": "generate 2", "why": "two", "price": 1300.0, "remaining": 4000.0}
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(bought) + "\n")
+    row = {
+        "problem": "a",
+        "answer": "7",
+        "verdict": {"correct": True},
+        "stop": "gave-up",
+        "error": "",
+        "votes": {},
+    }
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    told = here("report", str(tmp_path)).stdout
+    assert "a: 7 (right), 0 tokens, given up" in told
+    assert "generate 2: two, at most 1.3k tokens" in told
 
 
 SPENT = {

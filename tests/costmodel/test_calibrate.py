@@ -93,7 +93,7 @@ def test_the_design_holds_out_inside_and_beyond() -> None:
     decode = [c for c in roles["inside"] if c.phase == "decode"]
     assert all(c.batch < 8 and c.context < 256 for c in decode)
     assert all(c.kv_budget is None or c.kv_budget < c.context for c in cells)
-    with pytest.raises(InputError, match="too small"):
+    with pytest.raises(InputError, match="too small a grid"):
         design(batches=(1, 2))
 
 
