@@ -57,7 +57,7 @@ def policies(
 
     known = {n: parse(n) for n in (POLICIES if name is None else [name.partition("?")[0]])}
     told = {n: (inspect.getdoc(type(policy)) or "").replace("``", "'") for n, policy in known.items()}
-    options = {
+    options: dict[str, dict[str, Any]] = {
         n: {f.name: getattr(policy, f.name) for f in fields(policy)} if is_dataclass(policy) else {}
         for n, policy in known.items()
     }
