@@ -56,7 +56,7 @@ def policies(
     from ttc.policies import POLICIES, parse
 
     known = {n: parse(n) for n in (POLICIES if name is None else [name.partition("?")[0]])}
-    told = {n: (inspect.getdoc(type(policy)) or "").replace("``", "'") for n, policy in known.items()}
+    told = {n: _about(type(policy)) for n, policy in known.items()}
     options: dict[str, dict[str, Any]] = {
         n: {f.name: getattr(policy, f.name) for f in fields(policy)} if is_dataclass(policy) else {}
         for n, policy in known.items()
@@ -73,12 +73,20 @@ def policies(
     for n in known:
         given = ", ".join(f"{key}={'' if value is None else value}" for key, value in options[n].items())
         show(Text.assemble((n, "bold"), f"  {given}"))
+        if not told[n]:
+            continue
         first = re.split(r"(?<=[^\s\d])\.\s", told[n], maxsplit=1)[0].rstrip(".") + "."
         show(Padding(Text(" ".join(first.split()) if name is None else told[n]), (0, 0, 0, 4)))
     if name is None:
         stdout.print(
             "Write options as in --policy 'best-of-n?n=16&score=mean-logprob'; 'ttc policies NAME' tells all about one."
         )
+
+
+def _about(kind: type) -> str:
+    """A policy's docstring, for people; not the signature that a dataclass without one is given."""
+    text = (inspect.getdoc(kind) or "").replace("``", "'")
+    return "" if text.startswith(f"{kind.__name__}(") else text
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,14 +40,16 @@ def report(
     from ttc.cli.render import ENDS
     from ttc.cli.render import stdout as console
 
-    unit = json.loads((run / "run.json").read_text(encoding="utf-8"))["budget"]["unit"]
+    unit = _unit(run)
     for each in told:
         mark = {True: "right", False: "wrong", None: "not judged"}[each["correct"]]
         answer = escape(str(each["answer"]))
         ended = ENDS.get(each["stop"], each["stop"]) or "not finished"
         tree = Tree(f"{escape(each['problem'])}: {answer} ({mark}), {each['tokens']:,} tokens, {ended}")
         for decision in each["decisions"]:
-            price = f", at most {format_amount(decision['price'], unit)}" if decision["price"] else ""
+            price = (
+                f", at most {format_amount(decision['price'], unit)}" if decision["price"] and unit else ""
+            )
             tree.add(escape(f"{decision['what']}: {decision['why']}{price}"))
         branches = tree.add(f"{len(each['branches'])} branches")
         for branch in each["branches"]:
@@ -62,6 +64,18 @@ def report(
             f"accuracy {reached.mean:.1%} of {reached.problems} judged problems "
             f"(95 % interval {reached.low:.1%} to {reached.high:.1%})"
         )
+
+
+def _unit(run: Path) -> str:
+    """The unit of the run's budget ("" where run.json tells of none)."""
+    try:
+        return str(
+            json.loads((run / "run.json").read_text(encoding="utf-8")).get("budget", {}).get("unit", "")
+        )
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"report: {run / 'run.json'} is damaged ({error}); resume the run or mend the file"
+        ) from None
 
 
 def _accuracy(told: Sequence[Mapping[str, Any]]) -> Estimate | None:

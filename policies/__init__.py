@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 from typing import Any, cast
 from urllib.parse import parse_qsl, quote
 
+from ttc import yours
 from ttc.errors import InputError
 from ttc.jobs import Policy
 from ttc.policies.adaptive import Adaptive
@@ -47,21 +47,30 @@ POLICIES: dict[str, type[Any]] = {
 def parse(text: str) -> Policy:
     """A policy from its name and options. Raises InputError for an unknown name, option or value, naming the valid ones."""
     name, _, query = text.partition("?")
-    kind: type[Any] | None = _imported(name) if ":" in name else POLICIES.get(name)
+    kind: type[Any] | None = yours.load("policy", name) if ":" in name else POLICIES.get(name)
     if kind is None:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(
             f"policy: unknown policy {name!r}; {hint}use one of {', '.join(POLICIES)}, or package.module:Class"
         )
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    written = parse_qsl(query, keep_blank_values=True)
+    options = dict(written)
+    if len(options) < len(written):
+        twice = next(key for key, _ in written if [k for k, _ in written].count(key) > 1)
+        raise InputError(f"policy: {name} is given {twice} twice in {text!r}; give it once")
     fields = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in fields:
             raise InputError(f"policy: {name} has no option {key!r}; it takes {', '.join(fields) or 'none'}")
         values[key] = _coerce(name, key, value, fields[key].default)
-    return cast(Policy, kind(**values))
+    policy = yours.make("policy", name, kind, **values)
+    if not (callable(getattr(policy, "run", None)) and isinstance(getattr(policy, "name", None), str)):
+        raise InputError(
+            f"policy: {name} is no policy; one has a name and a generator method run(problem, brief)"
+        )
+    return cast(Policy, policy)
 
 
 def describe(policy: Policy) -> str:
@@ -76,16 +85,6 @@ def describe(policy: Policy) -> str:
 def _written(value: Any) -> str:
     """An option's value as ``parse`` reads it; a policy within a policy is quoted."""
     return quote(describe(value)) if hasattr(value, "run") else "" if value is None else str(value)
-
-
-def _imported(name: str) -> type[Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        return cast("type[Any]", getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"policy: can't import {name!r} ({error}); write package.module:Class of something importable"
-        ) from error
 
 
 def _coerce(policy: str, key: str, value: str, default: Any) -> Any:

@@ -22,7 +22,7 @@ HEAVY = ("torch", "vllm", "ray", "transformers", "trl")
 MAY_IMPORT = {
     "costmodel": {"costmodel", "budget", "errors", "types", "ledger"},
     "samplers": {"samplers", "errors", "types"},
-    "policies": {"policies", "samplers", "costmodel", "budget", "errors", "jobs", "types"},
+    "policies": {"policies", "samplers", "costmodel", "budget", "errors", "jobs", "types", "yours"},
 }
 """ttc modules that each deciding room may import; engines and the clock are not among them."""
 

@@ -86,7 +86,7 @@ def test_a_branch_without_the_measure_wins_only_alone() -> None:
         ("best-of-n?n=many", "wants int for n, not 'many'"),
         ("best-of-n?n=0", "give 1 to 4096"),
         ("best-of-n?score=luck", "use one of mean-logprob, self-certainty, reward"),
-        ("nowhere.module:Policy", "can't import"),
+        ("nowhere.module:Policy", "no module 'nowhere' for"),
     ],
 )
 def test_bad_policies_are_named_with_a_mend(text: str, message: str) -> None:

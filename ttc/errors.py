@@ -64,12 +64,12 @@ def place(error: BaseException, owner: object, routine: Generator[Any, Any, Any]
     files = {getattr(module, "__file__", None) for module in modules}
     own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
     if own:
-        return f"{_short(own[-1].filename)}:{own[-1].lineno}"
+        return f"{shortened(own[-1].filename)}:{own[-1].lineno}"
     frame = getattr(routine, "gi_frame", None)
-    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+    return f"{shortened(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
 
 
-def _short(path: str) -> str:
+def shortened(path: str) -> str:
     """A path as seen from the working directory, where it lies below that."""
     within = os.path.join(os.getcwd(), "")
     return path.removeprefix(within)

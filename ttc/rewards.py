@@ -11,7 +11,6 @@ every step gets the mark as ``end`` and, as ``step``, what ends a step of the te
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from ttc import yours
 from ttc.budget import Unit
 from ttc.costmodel import ModelShape
 from ttc.errors import EngineError, InputError
@@ -49,15 +49,10 @@ def load_reward(given: RewardModel | Scorer | str) -> RewardModel:
         if not name:
             raise InputError("reward: 'vllm:' needs a model; write vllm:NAME-OR-FOLDER")
         return PoolingReward(Local(name) if address.startswith("vllm:") else Served(name), end, step)
-    module, colon, attribute = given.partition(":")
+    module, colon, _ = given.partition(":")
     if colon and module.replace(".", "").isidentifier():
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-            return _own(found() if isinstance(found, type) else found, given)
-        except (ImportError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"reward: can't make {given!r} ({error}); write package.module:NAME of a callable, or of a class without arguments"
-            ) from None
+        found = yours.load("reward", given)
+        return _own(yours.make("reward", given, found) if isinstance(found, type) else found, given)
     from ttc import nano
 
     return nano.reward(given)

@@ -3,10 +3,10 @@ on equality. Owns the seam and the grouping of answers; the verifiers themselves
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from ttc import yours
 from ttc.errors import InputError
 from ttc.types import Problem, Verdict
 from ttc.verifiers import LIMIT_S, Exact, Math, ReasoningGym
@@ -44,12 +44,7 @@ def verifier(name: str, limit_s: float = LIMIT_S) -> Verifier:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise InputError(f"verifier {name!r} is unknown; use {', '.join(VERIFIERS)}, or pkg.mod:Class")
-    try:
-        made = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"verifier {name!r} cannot be made ({error}); name an importable class without arguments"
-        ) from None
+    made = yours.make("verifier", name, yours.load("verifier", name))
     if not isinstance(made, Verifier):
         raise InputError(f"verifier {name!r} is not one: it needs name, verify, equivalent and close")
     return made
