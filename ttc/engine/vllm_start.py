@@ -189,20 +189,18 @@ class Stats:
                 clients = super().update_from_output(scheduler_output, model_runner_output)
                 tokens = 0
                 for each in clients.values():
-                    outputs = each.outputs
-                    tokens += sum([len(output.new_token_ids) for output in outputs])
-                    begun = [output.prefill_stats for output in outputs if output.prefill_stats is not None]
-                    for prefill in begun:
-                        stats.prompt_tokens += prefill.num_prompt_tokens
-                        stats.cached_tokens += prefill.num_cached_tokens
+                    told = []  # what the front end is to be shown
+                    for output in each.outputs:
+                        tokens += len(output.new_token_ids)
+                        prefill = output.prefill_stats
+                        if prefill is not None:
+                            stats.prompt_tokens += prefill.num_prompt_tokens
+                            stats.cached_tokens += prefill.num_cached_tokens
+                            told.append(output)
+                        elif output.finish_reason is not None:
+                            told.append(output)
                     if stats.ends_only:
-                        each.outputs = [o for o in outputs if o.finish_reason is not None]
-                        if begun:
-                            each.outputs = [
-                                o
-                                for o in outputs
-                                if o.finish_reason is not None or o.prefill_stats is not None
-                            ]
+                        each.outputs = told
                 stats.step_tokens = tokens
                 stats.output_tokens += tokens
                 stats.preemptions += len(scheduler_output.preempted_req_ids or ())
