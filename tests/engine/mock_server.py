@@ -91,8 +91,9 @@ class MockServer:
         name: str = "mock",
         context: int | None = 4096,
         plugin: bool = False,
+        port: int = 0,
     ) -> None:
-        self.plugin = plugin
+        self.plugin, self.port = plugin, port
         self.model, self.exact, self.opens, self.name, self.context = model, exact, opens, name, context
         self.sampled = self.prompted = self.peak = self.hung_up = self.accepted = 0
         self.calls: list[Call] = []
@@ -124,7 +125,19 @@ class MockServer:
         def protocol() -> asyncio.StreamReaderProtocol:
             return asyncio.StreamReaderProtocol(_Reader(), self._accept)
 
-        return await self._loop.create_server(protocol, "127.0.0.1", 0, backlog=512)
+        return await self._loop.create_server(protocol, "127.0.0.1", self.port, backlog=512)
+
+    def refuse(self) -> None:
+        """Take no connection any more, and let those that are there live, as a server that is being restarted."""
+
+        async def close() -> None:
+            self._server.close()
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result()
+
+    def welcome(self) -> None:
+        """Take connections again, at the same ``port``."""
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
 
     async def _shut(self) -> None:
         self._server.close()
@@ -139,7 +152,7 @@ class MockServer:
         self._connections.add(task)
         self.accepted += 1
         try:
-            while await self._one(reader, writer):
+            while await self._one(reader, writer) and self._server.is_serving():
                 pass
         except (asyncio.CancelledError, asyncio.IncompleteReadError, OSError):
             pass

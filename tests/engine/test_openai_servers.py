@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import closing
 
 import pytest
 
+from tests import waiting
 from tests.engine.http_engine import (
     FORM,
     PROBLEM,
@@ -16,12 +19,14 @@ from tests.engine.http_engine import (
     run,
     seen,
     serving,
+    until,
     while_nothing_ends,
 )
 from tests.engine.mock_server import Call, MockServer, Script
 from tests.waiting import LIMIT_S, Port
 from ttc.engine.openai import OpenAIEngine
 from ttc.errors import EngineError, InputError
+from ttc.types import Completion
 
 
 # -- failures ------------------------------------------------------------------------------------------------------------
@@ -125,6 +130,49 @@ def test_a_server_that_goes_away_stops_the_engine() -> None:
     with pytest.raises(EngineError, match="can't be reached any more"):
         while_nothing_ends(engine)
     engine.close()
+
+
+class Restarting:
+    """A server whose first call streams until ``finish``, and whose others are answered at once."""
+
+    def __init__(self, port: int) -> None:
+        self.finish = threading.Event()
+        self.server = MockServer(self.model, opens=THINKS, port=port)
+
+    def model(self, call: Call) -> Script:
+        text = "t" * 12 + "</think>7"
+        return Script(text, gate=lambda position: bool(call.number) or position < 3 or self.finish.is_set())
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_server_that_takes_no_calls_while_a_stream_lives(back: bool) -> None:
+    """What is asked meanwhile waits, while one branch tries; it runs when the server is back, or the engine stops with the stream's
+    end, and has failed no branch but those that had found out."""
+    with Port() as port, (restarting := Restarting(port.number)).server as server:
+        options = {"format": FORM, "backoff_s": 0.001, "max_retries": 1, "concurrency": 8}
+        with closing(OpenAIEngine(server.url, **options)) as engine:  # type: ignore[arg-type]
+            engine.submit(0, request())
+            seen(engine, 3)
+            server.refuse()
+            engine.submit(1, request(index=1))
+            (lost,) = collect(engine, [1])
+            assert (lost.finish, lost.output_tokens, lost.prompt_tokens) == ("error", 0, 0)
+            for ticket in range(2, 6):
+                engine.submit(ticket, request(index=ticket))
+            until(engine, lambda: engine._scout == 2)
+            while_nothing_ends(engine)
+            if back:
+                server.welcome()
+                assert [d.finish for d in collect(engine, range(2, 6))] == ["stop"] * 4
+                restarting.finish.set()
+                assert collect(engine, [0])[0].text == "t" * 12 + "</think>7"
+                return
+            restarting.finish.set()
+            found: dict[int, Completion] = {}
+            with pytest.raises(EngineError, match="can't be reached any more"):
+                waiting.until(lambda: False, lambda: found.update(engine.step().finished))
+            assert found[0].text == "t" * 12 + "</think>7", "the stream is read to its end"
+            assert {t: d.finish for t, d in found.items() if t} == {2: "error"}, "the others wait"
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_without_a_call() -> None:

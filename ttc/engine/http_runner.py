@@ -328,12 +328,14 @@ class Runner:
         """One call of the branch, after a pause."""
         if wait_s:
             await asyncio.sleep(wait_s)
-        server = self.setting.server
+        server, heard = self.setting.server, False
         path, body = await self._body(branch, max_tokens)
 
         def receive(delta: Delta) -> bool:
-            going = branch.receive(delta)
-            self.setting.accepted()
+            nonlocal heard
+            if not heard:  # later events tell nothing of whether the server still takes calls
+                self.setting.accepted()
+            going, heard = branch.receive(delta), True
             self.moved(branch.output_tokens)
             self.probing.look(branch)
             if not going:

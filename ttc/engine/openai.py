@@ -85,7 +85,8 @@ class OpenAIEngine:
         self._probed: list[Probed] = []
         self._woken = False
         self._running: dict[int, Runner] = {}
-        self._held: dict[int, Request] = {}  # taken while the server could not be reached
+        self._held: dict[int, Request] = {}  # taken while the server takes no calls
+        self._scout: int | None = None  # the one ticket that tries it meanwhile
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = Counters()
         self._loop = asyncio.new_event_loop()
@@ -336,10 +337,12 @@ class OpenAIEngine:
     # -- on the loop -------------------------------------------------------------------------------
     def _start(self, ticket: int, request: Request) -> None:
         if self._setting.gone:
-            self._held[ticket] = (
-                request  # until another branch hears of the server, or a step says that it is gone
-            )
-            return
+            # Until a call is answered, or a step says that the server is gone. While others' streams live on (a server that is
+            # being restarted lets them end), one may find out; a server that refuses by status is taken at its word.
+            if self._scout is not None or not self._running or self._setting.refusals:
+                self._held[ticket] = request
+                return
+            self._scout = ticket
 
         def moved(tokens: int) -> None:
             with self._news:
@@ -359,6 +362,14 @@ class OpenAIEngine:
 
     async def _run(self, ticket: int, runner: Runner) -> None:
         completion = await runner.run()
+        if ticket == self._scout:
+            self._scout = None
+            if self._setting.gone and len(self._running) > 1:
+                if completion.finish == "error" and not completion.prompt_tokens:
+                    self._start(ticket, runner.request)  # it has cost nothing, and goes on trying
+                    return
+                if self._held:
+                    self._start(*_first(self._held))
         with self._news:
             self._running.pop(ticket, None)
             self._moved.pop(ticket, None)
@@ -403,6 +414,12 @@ class OpenAIEngine:
     def _steer(self, ticket: int) -> None:
         if (runner := self._running.get(ticket)) is not None:
             runner.steer()
+
+
+def _first(held: dict[int, Request]) -> tuple[int, Request]:
+    """Take out what was put in first."""
+    ticket = next(iter(held))
+    return ticket, held.pop(ticket)
 
 
 def _local_files(root: str) -> ModelFiles | None:
