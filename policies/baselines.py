@@ -149,17 +149,23 @@ class DeepConf:
         values = confidences(branches, self.signal)
         return [exp(v) for v in values] if self.signal == "mean-logprob" else values
 
+    def _floor(self, branches: Sequence[Branch], weights: Sequence[float]) -> float:
+        """The least weight among the ``keep`` most confident of those that came to their end (the budget may pay for fewer than
+        were wanted)."""
+        ended = [w for b, w in zip(branches, weights, strict=True) if b.finish in ("stop", "length")]
+        return sorted(ended, reverse=True)[max(1, ceil(self.keep * len(ended))) - 1] if ended else 0.0
+
     def run(self, problem: Problem, brief: Brief) -> Routine:
         if self.mode == "offline":
             branches = yield from Parallel(self.n, signals=(self.signal,)).run(problem, brief)
             weights = self._weights(branches)
-            floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * len(weights))) - 1]
+            floor = self._floor(branches, weights)
             votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
             return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
         warm = min(self.warmup, self.n)
         branches = yield from Parallel(warm, signals=(self.signal,)).run(problem, brief)
         weights = self._weights(branches)
-        floor = sorted(weights, reverse=True)[max(1, ceil(self.keep * warm)) - 1]
+        floor = self._floor(branches, weights)
         votes = tally(branches, [w if w >= floor else 0.0 for w in weights])
         for index in range(warm, self.n):
             if votes and max(votes.values()) >= self.consensus * sum(votes.values()):

@@ -198,3 +198,18 @@ def test_plain() -> None:
     assert plain("wait...") == "wait..."
     assert canonical("1,000") == canonical("1e3") == canonical("$1000.0$")
     assert canonical("Hello  World") == canonical("hello world")
+
+
+def test_a_fraction_is_rewritten_only_where_it_stands_alone() -> None:
+    for text in ("\\frac{1}{2}", "$\\dfrac{1}{2}$.", " \\tfrac{1}{2} "):
+        assert canonical(text) == "=1/2"
+    assert canonical("-\\frac{1}{2}") == "=-1/2"
+    assert plain("(\\frac{1}{2}, \\frac{3}{4})") == "(1/2, 3/4)"
+    assert plain("x = \\frac{1}{2}") == "x = 1/2"
+    for mixed in ("2\\frac{1}{2}", "\\frac{1}{2}5", "2^\\frac{1}{2}", "\\frac{1}{2}x", "(2)\\frac{1}{2}"):
+        assert plain(mixed) == mixed  # no 21/2, no 1/25, no 2^1/2
+        assert number(plain(mixed)) is None
+
+
+def test_thousands_in_latex() -> None:
+    assert canonical("1{,}000") == canonical("1\\,000") == canonical("1,000") == canonical("1000")

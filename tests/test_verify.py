@@ -107,6 +107,18 @@ def test_math(math: Math) -> None:
         assert not math.equivalent(problem(gold), wrong, gold), (gold, wrong)
 
 
+def test_mixed_numbers_are_sums(math: Math) -> None:
+    for gold, answer, right in (
+        ("10.5", "2\\frac{1}{2}", False),
+        ("2.5", "2\\frac{1}{2}", True),
+        ("3", "1\\frac{4}{2}", True),
+        ("17", "3\\frac{4}{2}", False),
+        ("1000", "1{,}000", True),
+    ):
+        assert math.verify(problem(gold), answer).correct is right
+        assert math.equivalent(problem(), answer, gold) is right
+
+
 def test_math_decides_plain_answers_without_a_child() -> None:
     made = Math()
     assert made.verify(problem("1000"), "1,000.0").correct

@@ -34,6 +34,10 @@ _NUMBER = re.compile(
     r"([+-]?)\s?([0-9]{1,3}(?:,[0-9]{3}){1,300}|[0-9]{1,1000})?(?:\.([0-9]{0,1000}))?"
     r"(?:[eE]([+-]?[0-9]{1,3}))?(?:\s?/\s?([0-9]{1,1000}))?"
 )
+_FRACTION = re.compile(
+    r"(?<![\w)\]}!.^])\\[dt]?frac\{(-?[0-9]{1,400})\}\{([0-9]{1,400})\}(?![\w(\[{!.^\\]|\.[0-9])"
+)
+"""One that stands by itself: 2\\frac{1}{2} is no 21/2, and what \\frac{1}{2}x would be in a line is not sure."""
 _LONGEST_LINE = 400
 """A last line longer than this is prose, not an answer that was merely not boxed."""
 
@@ -90,10 +94,10 @@ def plain(text: str) -> str:
         if text.startswith(opened) and text.endswith(closed) and len(text) >= 4:
             text = text[2:-2]
     text = re.sub(r"\\[!,;:]|\\(?:left|right)(?![a-z])", "", text)
-    for dressed, bare in (("\\ ", " "), ("\\%", "%"), ("\\$", "$"), ("\u2212", "-")):
+    for dressed, bare in (("\\ ", " "), ("\\%", "%"), ("\\$", "$"), ("{,}", ","), ("\u2212", "-")):
         text = text.replace(dressed, bare)
     text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname)\{([^{}]{0,2000})\}", r"\1", text)
-    text = re.sub(r"\\[dt]?frac\{(-?[0-9]{1,400})\}\{([0-9]{1,400})\}", r"\1/\2", text)
+    text = _FRACTION.sub(r"\1/\2", text)
     text = text.strip().strip("$").strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip().rstrip("$")

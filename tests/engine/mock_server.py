@@ -37,13 +37,14 @@ class Call:
 @dataclass(frozen=True)
 class Script:
     """What the server does with one call. ``text`` then the end of sequence; ``thought`` is sent apart, as
-    reasoning, before it; ``endless``: ``text`` over and over; ``drop_after`` / ``hang_after``: that many
-    tokens, then the connection breaks, or nothing more comes; ``deaf``: max_tokens is ignored; ``whole``: no
-    stream, one JSON answer; ``mute``: it samples a token and comes to no answer, not even a status; ``gate``: the token at a
-    position (from 0) is sampled once this is true of it."""
+    reasoning, before it; ``raw``: the stream's bytes, in place of all that; ``endless``: ``text`` over and over;
+    ``drop_after`` / ``hang_after``: that many tokens, then the connection breaks, or nothing more comes; ``deaf``: max_tokens is
+    ignored; ``whole``: no stream, one JSON answer; ``mute``: it samples a token and comes to no answer, not even a status;
+    ``gate``: the token at a position (from 0) is sampled once this is true of it."""
 
     text: str = ""
     thought: str = ""
+    raw: tuple[bytes, ...] = ()
     endless: bool = False
     status: int = 200
     message: str = ""
@@ -277,6 +278,14 @@ class MockServer:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )
+        for part in script.raw:
+            _send_chunk(writer, part)
+            await writer.drain()
+        if script.raw:
+            self._open.discard(writer)
+            _send_chunk(writer, b"")
+            await writer.drain()
+            return True
         sent = 0
         while sent < len(ids):
             width = 1 if sent == 0 else script.interval

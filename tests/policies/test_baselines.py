@@ -17,8 +17,9 @@ from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
 from ttc.policies import ParallelProbe, parse
-from ttc.policies.baselines import beta_confidence, dirichlet_confidence
+from ttc.policies.baselines import DeepConf, beta_confidence, dirichlet_confidence
 from ttc.simulate import load, replay, simulate
+from ttc.types import Branch, Brief, Completion, Generate, Problem, Reply, Sampling
 
 POOLS = Path(__file__).parents[3] / "shared" / "pools"
 needs_pools = pytest.mark.skipif(not POOLS.is_dir(), reason="the recorded pools are not on this machine")
@@ -169,6 +170,27 @@ def test_recorded_confidences_replay_as_they_ran(policy: str, tmp_path: Path) ->
     assert again.tokens[0].tolist() == [r.charge.tokens for r in told]
     assert again.right[0].tolist() == [float(r.verdict is not None and r.verdict.correct) for r in told]
     assert {r.answer for r in told} != {None}
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_share_of_the_most_confident_is_of_those_that_the_budget_paid_for(mode: str) -> None:
+    policy = DeepConf(n=40, keep=0.1, mode=mode, warmup=40)  # type: ignore[arg-type]
+    problem = Problem("p", ({"role": "user", "content": "?"},))
+    routine = policy.run(problem, Brief(0, 100, Sampling()))
+    work = next(routine)
+    assert isinstance(work, Generate)
+    branches = []
+    for request in work.requests:
+        paid = request.index < 10
+        done = Completion(
+            "", "stop" if paid else "denied", 5, 5, self_certainty=10.0 - request.index if paid else None
+        )
+        vote = ("right" if request.index == 0 else "wrong") if paid else None
+        branches.append(Branch("p", request.index, request.seed, done, vote, vote))
+    with pytest.raises(StopIteration) as end:
+        routine.send(Reply(tuple(branches)))
+    assert end.value.value.answer == "right"
+    assert {k: v for k, v in end.value.value.votes.items() if v} == {"right": 10.0}
 
 
 @needs_pools

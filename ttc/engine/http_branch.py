@@ -18,16 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ttc.engine.course import Course
-from ttc.engine.http_stream import Delta, Usage
+from ttc.engine.http_stream import BYTES_PER_TOKEN, Delta, Usage
 from ttc.types import AnswerFormat, Completion, Finish, Request
-
-BYTES_PER_TOKEN = 3
-"""What a text is taken to weigh on servers that can't tokenise; the room is reserved by the same measure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A text to insert and its tokens: exactly (``ids``), or by estimate where ``ids`` is None."""
+    """A text to insert and its tokens: exactly (``ids``), or, where ``ids`` is None, by the estimate by which the room
+    is reserved, too."""
 
     text: str
     ids: tuple[int, ...] | None
@@ -83,8 +81,9 @@ class HTTPBranch:
     """See the module. ``prompt`` is the prompt's length (exact or estimated); ``prompt_opens`` whether the
     chat template itself opens the thought (None: unknown); ``unseen`` the most tokens that a server may hold
     back between two events. ``course``: how the thought is steered; by the server itself (``native``), or by ending
-    calls at each checkpoint and writing the trigger into the next prompt. ``prefix_ids`` are the request's beginning in tokens,
-    ``step_ids`` the step's text, if that is one token."""
+    calls at each checkpoint and writing the trigger into the next prompt. ``continues``: a call goes on where the last one ended
+    (else it may think anew before it answers, which is no part of the answer). ``prefix_ids`` are the request's beginning in
+    tokens, ``step_ids`` the step's text, if that is one token."""
 
     request: Request
     form: AnswerFormat
@@ -96,6 +95,7 @@ class HTTPBranch:
     unseen: int = 0
     course: Course | None = None
     native: bool = False
+    continues: bool = True
     whole: bool = False  # the running call, or the last, has all of the thought and its answer: the server closes the one itself
     prefix_ids: tuple[int, ...] = ()
     step_ids: tuple[int, ...] = ()
@@ -319,7 +319,7 @@ class HTTPBranch:
         call.usage = delta.usage or call.usage
         call.finish = delta.finish or call.finish
         if delta.thought:
-            if not self._folding and not self.answering:
+            if not self._folding and not (self.answering and self.continues):
                 self.text += self.form.think_open or "<think>"
                 self._folding = True
             self.text += delta.thought

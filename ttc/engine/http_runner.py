@@ -25,6 +25,7 @@ TEMPLATE_TOKENS = 8  # a chat template's own tokens around a message, where prom
 REMEMBERED_PROMPTS = 4096
 REFUSED = {
     401: "set OPENAI_API_KEY to a valid key",
+    402: "see what is left of the account's credit",
     403: "see what the key in OPENAI_API_KEY may do",
     404: "see whether the server still has the model",
 }
@@ -271,6 +272,7 @@ class Runner:
             unseen=room if self.fork else server.stream_interval - 1 if server.is_vllm else 0,
             course=await (self._course(thinking) if request.control is not None else self._cap(thinking)),
             native=bool(server.steers),
+            continues=server.exact or server.continues,
             prefix_ids=request.prefix_ids,
             step_ids=await self._step_ids(),
         )

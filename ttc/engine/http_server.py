@@ -28,11 +28,15 @@ OPTIONAL_FIELDS = (
     "add_generation_prompt",
     "chat_template_kwargs",
     "seed",
+    "temperature",
     "top_p",
     "top_logprobs",
     "logprobs",
 )
-"""Fields that a server may refuse by name (status 400 or 422) and that a call can do without."""
+"""Fields that a server may refuse by name (status 400 or 422) and that a call can do without (OpenAI's reasoning models take no
+temperature but their own)."""
+CONTEXT_FIELDS = ("max_model_len", "context_length", "context_window", "max_context_length")
+"""What servers call a model's context in /v1/models: vLLM and SGLang, OpenRouter and Together, Groq, Mistral."""
 _NO_CALL = {"routed_experts_prompt_start": 1 << 30}
 """What vLLM (0.32) refuses after it has read the instructions, so that asking for plugins writes no token. Where the field is not
 known one token is written, which is in no one's budget."""
@@ -69,7 +73,8 @@ class Server:
     """A server and what was learned of it. ``exact``: prompts and continuations are token ids (/tokenize and
     /v1/completions); ``continues``: a chat may end in a half-written assistant turn; ``seeds``: requests
     carry theirs (None: where the server is not vLLM); ``steers``: ttc's plugin is loaded there (None: not
-    asked yet); ``kv_page``: tokens of its KV page, once it is known that requests can set a KV budget. Use from one event loop
+    asked yet); ``kv_page``: tokens of its KV page, once it is known that requests can set a KV budget;
+    ``thinks_in_turn``: a half-written turn need not be told to think no more (llama.cpp refuses it else). Use from one event loop
     only."""
 
     url: str
@@ -80,11 +85,13 @@ class Server:
     cache_salt: str | None = None
     model: str = ""
     version: str = ""
+    context: int = 0
     is_vllm: bool = False
     exact: bool = False
     continues: bool = False
     steers: bool | None = None
     kv_page: int | None = None
+    thinks_in_turn: bool = True
     max_field: str = "max_tokens"
     refused: set[str] = field(default_factory=set)
     _wire: Wire | None = None
@@ -115,7 +122,7 @@ class Server:
             ServedModel(
                 id=str(entry.get("id")),
                 root=str(entry.get("root") or ""),
-                context=int(entry.get("max_model_len") or 0),
+                context=next((int(entry[name]) for name in CONTEXT_FIELDS if entry.get(name)), 0),
                 owner=str(entry.get("owned_by") or ""),
             )
             for entry in entries
@@ -138,6 +145,7 @@ class Server:
                 raise
             self.exact = False
         self.is_vllm = model.owner == "vllm" or self.exact
+        self.context = model.context or await self._slot_context()
         self.continues = self.is_vllm or model.owner == "sglang"
         if self.seeds is None:
             self.seeds = not self.is_vllm
@@ -192,6 +200,14 @@ class Server:
             return None, "the server's /metrics does not tell its KV page, so a budget can't be checked"
         return int(found[1]), ""
 
+    async def _slot_context(self) -> int:
+        """The context of llama.cpp's server, which does not tell it in /v1/models; 0 for any other."""
+        try:
+            settings = (await self.wire.json("GET", "/props")).get("default_generation_settings")
+            return int(settings.get("n_ctx") or 0) if isinstance(settings, dict) else 0
+        except (CallFailed, TypeError, ValueError):
+            return 0
+
     async def _exists(self, path: str) -> bool:
         try:
             return (await self.wire.ask("GET", path))[0] != 404  # 405: it is there, for POST
@@ -221,8 +237,20 @@ class Server:
         try:
             await self.wire.stream(path, body, receive)
         except CallFailed as failure:
-            failure.changed = failure.status in (400, 422) and self._learn_refused(str(failure), body)
+            failure.changed = self._learn_thinking(str(failure), body) or (
+                failure.status in (400, 422) and self._learn_refused(str(failure), body)
+            )
             raise
+
+    def _learn_thinking(self, words: str, body: Mapping[str, Any]) -> bool:
+        """True if the server (llama.cpp; by status 400 or 500) wants a half-written turn only where thinking is turned off, and the
+        next body will say so."""
+        goes_on = bool(body.get("messages")) and body["messages"][-1]["role"] == "assistant"
+        told = (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+        if "enable_thinking" not in words or not goes_on or told or "chat_template_kwargs" in self.refused:
+            return False
+        self.thinks_in_turn = False
+        return True
 
     def _learn_refused(self, words: str, body: Mapping[str, Any]) -> bool:
         """True if the server named a field of ``body`` that the next body will be without."""
@@ -270,6 +298,9 @@ class Server:
         if written:
             messages.append({"role": "assistant", "content": written})
             body |= {"continue_final_message": True, "add_generation_prompt": False}
+            if not self.thinks_in_turn:
+                options = body.get("chat_template_kwargs", {}) | {"enable_thinking": False}
+                body["chat_template_kwargs"] = options
         if "mean-logprob" in request.signals:
             body |= {"logprobs": True, "top_logprobs": 0}
         return self._allowed(body | {"messages": messages})

@@ -20,6 +20,12 @@ import aiohttp
 CONNECT_S = 10.0
 KEEPALIVE_S = 4.0  # below uvicorn's 5 s: we let go of an idle connection before the server does
 LONGEST_RETRY_AFTER_S = 120.0
+LONG_WORD_BYTES, BYTES_PER_TOKEN = 24, 3
+"""An event with more text than the one holds several tokens, a token for every three bytes: by estimate, on the safe side."""
+CUT = ("length", "max_tokens", "max_output_tokens", "model_length")
+"""How servers say that a text ended at its cap (in any case); "model_length" is Mistral's word for the context."""
+BROKE = ("abort", "error", "insufficient_system_resource")
+"""How they say that they gave up; the last is DeepSeek's."""
 
 
 class CallFailed(Exception):
@@ -44,8 +50,9 @@ class Usage(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """One event of a stream. ``tokens`` is the least number of new tokens in it; ``ids`` are empty unless
-    the server sends them; ``thought`` is text that the server set apart as reasoning."""
+    """One event of a stream. ``tokens`` is how many new tokens it holds, an estimate where the server does not say (one, or more
+    for a long text); ``ids`` are empty unless the server sends them; ``thought`` is text that the server set apart as
+    reasoning; ``finish`` is "length" for all words for that."""
 
     text: str = ""
     thought: str = ""
@@ -133,17 +140,21 @@ async def _read_events(content: aiohttp.StreamReader, receive: Callable[[Delta],
     async for data in content.iter_any():
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            payload = line[5:].strip()
+            name, _, payload = line.partition(b":")
+            payload = payload.strip()
             if payload == b"[DONE]":
                 ended = True
                 continue
-            delta = parse_event(json.loads(payload))
+            if name == b"error" and payload.startswith(b"{"):  # llama.cpp's own way, until 2025
+                delta = parse_event({"error": json.loads(payload)})
+            elif name == b"data" and payload:
+                delta = parse_event(json.loads(payload))
+            else:
+                continue
             ended = ended or bool(delta.finish)
             if not receive(delta):
                 return
-            if delta.finish in ("abort", "error"):
+            if delta.finish in BROKE:
                 raise CallFailed(f"the server ended the request with {delta.finish!r}", again=True)
     if not ended:
         raise CallFailed("the server closed the stream before its end", again=True)
@@ -156,7 +167,8 @@ def parse_event(event: Any) -> Delta:
     """
     if not isinstance(event, dict):
         raise ValueError(f"{type(event).__name__} instead of an object")
-    if error := event.get("error"):
+    error = event.get("error") or (event if event.get("object") == "error" else None)
+    if error:
         words = error.get("message") if isinstance(error, dict) else error
         code = error.get("code") if isinstance(error, dict) else None
         ours = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)
@@ -169,19 +181,41 @@ def parse_event(event: Any) -> Delta:
     part = choice.get("delta") or choice.get("message") or choice
     text = part.get("text") or part.get("content") or ""
     thought = part.get("reasoning_content") or part.get("reasoning") or ""
+    if not isinstance(text, str):
+        text, apart = _pieces(text)
+        thought = thought or apart
     ids = tuple(choice.get("token_ids") or ())
     logprobs = _logprobs(choice.get("logprobs"))
-    tokens = len(ids) or len(logprobs) or int(bool(text or thought))
-    return Delta(text, thought, ids, tokens, logprobs, choice.get("finish_reason") or "", usage)
+    tokens = len(ids) or len(logprobs) or _estimate(text) + _estimate(thought)
+    finish = str(choice.get("finish_reason") or "")
+    return Delta(text, thought, ids, tokens, logprobs, "length" if finish.lower() in CUT else finish, usage)
+
+
+def _pieces(content: Any) -> tuple[str, str]:
+    """(text, thought) of a content that is a list of typed pieces, as Mistral's reasoning models write it."""
+    texts = {"text": "", "thinking": ""}
+    for piece in content if isinstance(content, list) else ():
+        kind = piece.get("type") if isinstance(piece, dict) else None
+        if kind in texts:
+            value = piece.get(kind) or ""
+            texts[kind] += value if isinstance(value, str) else _pieces(value)[0]
+    return texts["text"], texts["thinking"]
+
+
+def _estimate(text: str) -> int:
+    size = len(text.encode())
+    return int(size > 0) if size <= LONG_WORD_BYTES else -(-size // BYTES_PER_TOKEN)
 
 
 def _usage(found: Any) -> Usage | None:
+    """The counts of one answer. Of servers whose ``completion_tokens`` leave the reasoning out (xAI, Gemini) the total holds it."""
     if not found:
         return None
     details = found.get("prompt_tokens_details") or {}
+    prompt, completion = int(found.get("prompt_tokens") or 0), int(found.get("completion_tokens") or 0)
     return Usage(
-        int(found.get("prompt_tokens") or 0),
-        int(found.get("completion_tokens") or 0),
+        prompt,
+        max(completion, int(found.get("total_tokens") or 0) - prompt),
         int(details.get("cached_tokens") or 0),
     )
 
@@ -195,8 +229,11 @@ def _logprobs(found: Any) -> tuple[float, ...]:
 
 
 def refusal(status: int, headers: Mapping[str, str], text: str) -> CallFailed:
-    """An HTTP status other than 200 as a failure, with the server's own words in one line."""
+    """An HTTP status other than 200 as a failure, with the server's own words in one line. OpenAI says of an account without credit
+    that there were too many requests: that is 402, for which no waiting helps."""
     words = _server_words(text)
+    if status == 429 and "insufficient_quota" in text:
+        status = 402
     return CallFailed(
         f"HTTP {status}: {words}" if words else f"HTTP {status}",
         again=status in (408, 409, 425, 429) or status >= 500,

@@ -95,7 +95,7 @@ class OpenAIEngine:
         try:
             served, files = self._meet(model)
             form = format or (files.format if files is not None else GENERIC_FORMAT)
-            length = context or served.context or (files.context if files is not None else 0)
+            length = context or self._server.context or (files.context if files is not None else 0)
             self._setting = self._call(self._set(form, length, concurrency, max_retries, backoff_s, seed))
         except BaseException:
             self.close()
