@@ -278,8 +278,8 @@ class MockServer:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )
-        for part in script.raw:
-            _send_chunk(writer, part)
+        for data in script.raw:
+            _send_chunk(writer, data)
             await writer.drain()
         if script.raw:
             self._open.discard(writer)

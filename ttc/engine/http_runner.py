@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ttc.engine.course import STEERING, Course
-from ttc.engine.http_branch import BYTES_PER_TOKEN, HTTPBranch, Spans
+from ttc.engine.http_branch import HTTPBranch, Spans
 from ttc.engine.http_fork import Probing
 from ttc.engine.http_server import Server
-from ttc.engine.http_stream import CallFailed, Delta, one_line
+from ttc.engine.http_stream import BYTES_PER_TOKEN, CallFailed, Delta, one_line
 from ttc.types import AnswerFormat, Completion, Finish, Problem, Request
 
 LOG = logging.getLogger("ttc.engine.openai")

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ttc.engine.course import FAR, check_fits, check_words
-from ttc.engine.http_branch import BYTES_PER_TOKEN, Span, Spans
+from ttc.engine.http_branch import Span, Spans
 from ttc.engine.http_runner import PROMPT_PASSES, Runner, Setting, estimate_prompt
 from ttc.engine.http_server import ServedModel, Server, base_url, cannot_open, choose_model
-from ttc.engine.http_stream import CallFailed
+from ttc.engine.http_stream import BYTES_PER_TOKEN, CallFailed
 from ttc.engine.protocol import Counters, EngineInfo, Probed, Progress, StepReport
 from ttc.errors import EngineError, InputError, TTCError
 from ttc.types import AnswerFormat, Completion, Control, Problem, Request, Sampling
