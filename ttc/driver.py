@@ -24,12 +24,12 @@ from dataclasses import replace
 
 from ttc.books import Books
 from ttc.budget import Budget
-from ttc.cashier import LEASE, Cashier
+from ttc.cashier import Cashier
 from ttc.closing import Closing
 from ttc.engine.protocol import Engine, StepReport
 from ttc.errors import EngineError, InputError, LedgerError, named, place
 from ttc.flights import Flights
-from ttc.jobs import Failed, Flight, Job, Judge, Policy, RewardModel, Status
+from ttc.jobs import Flight, Job, Judge, Policy, RewardModel, Status
 from ttc.ledger import Ledger
 from ttc.opening import Opened, open_jobs
 from ttc.pricing import Pricer, spent_in
@@ -39,7 +39,6 @@ from ttc.steering import Steering
 from ttc.types import (
     Branch,
     Brief,
-    Charge,
     Completion,
     Generate,
     Outcome,
@@ -152,7 +151,7 @@ class Driver:
                     self.scoring.look(wait_s=LOOK_SECONDS)
                     self._step_done()
                 elif waiting or self.starts.open:
-                    self.starts.unpark()
+                    self.starts.last_call()
                 else:
                     break
             else:
@@ -262,8 +261,7 @@ class Driver:
         if job.flights or job.pending:
             raise RuntimeError("steered branches are still running; cancel or await them before Generate")
         job.work, job.slots, job.arrived, job.cancelled = work, [None] * len(work.requests), [], False
-        job.failures.clear()
-        job.open = len(job.slots)
+        job.open, job.failures = len(job.slots), {}
         job.pending = deque(enumerate(work.requests))
         price = sum(self.cashier.most(job, r, r.thinking_tokens) for r in work.requests)
         self.books.decide(job, f"generate {len(work.requests)}", work.why, price)
@@ -303,43 +301,25 @@ class Driver:
         ):  # time ran out while it was answering: what it wrote counts
             completion = replace(completion, finish="length")
         charge = self.flights.settle(ticket, completion, now)
-        thinking = flight.request.thinking_tokens
-        retry = (
+        branch = self.flights.branch(flight, completion, charge)
+        again = (
             completion.finish == "error"
             and flight.attempts < RETRIES
             and not (job.cancelled or job.failed or self._stop or job.outcome is not None)
             and flight.request.index not in job.quiet
         )
-        if retry:
-            lease = min(LEASE, thinking) if self.cashier.leased else thinking
-            if job.account.meter.fits(self.cashier.most(job, flight.request, lease)):
-                self._gone(ticket)
-                self.status.retried_samples += 1
-                self.flights.submit(job, flight.slot, flight.request, charge, flight.attempts + 1)
-            else:
-                self._try_later(ticket, flight, completion, charge)
-            return
-        job.shared_eflops.append(self.cashier.pricer.kinetics(flight.request, completion).shared)
-        branch = self.flights.branch(flight, completion, charge)
         self.books.ledger.write_branch(
-            branch, flight.request, interrupted=self._stop and completion.finish == "abort"
+            branch, flight.request, interrupted=again or (self._stop and completion.finish == "abort")
         )
         self._gone(ticket)
-        self.cashier.learn(branch)
         self.cashier.set_aside(job, flight.request, branch)
+        if again:
+            self.books.charge(job, charge)
+            self.starts.again(job, flight, completion.error)
+            return
+        job.shared_eflops.append(self.cashier.pricer.kinetics(flight.request, completion).shared)
+        self.cashier.learn(branch)
         self.arrive(job, flight.slot, branch)
-
-    def _try_later(self, ticket: int, flight: Flight, completion: Completion, charge: Charge) -> None:
-        """A branch has failed while others hold the money for another attempt: what it cost is spent, and it waits like one that
-        has not begun. It counts as lost only if the money never comes."""
-        job, request = flight.job, flight.request
-        branch = self.flights.branch(flight, completion, charge)
-        self.books.ledger.write_branch(branch, request, interrupted=True)
-        self.books.charge(job, charge)
-        self._gone(ticket)
-        self.cashier.set_aside(job, request, branch)
-        lost = replace(branch, charge=Charge())
-        self.starts.again(job, flight.slot, request, Failed(flight.attempts + 1, lost))
 
     def _gone(self, ticket: int) -> None:
         """A flight has landed, and is on record: what waits for its money may try again."""

@@ -37,13 +37,11 @@ class Flights:
         self.followed = 0.0
 
     # -- into the engine ---------------------------------------------------------------------------------------------------
-    def submit(
-        self, job: Job, slot: int, request: Request, carried: Charge = Charge(), attempts: int = 0
-    ) -> None:
-        """Hold what the request may cost and hand it over; ``carried`` is what ``attempts`` before this one have cost."""
+    def submit(self, job: Job, slot: int, request: Request, attempts: int = 0) -> None:
+        """Hold what the request may cost and hand it over, after so many ``attempts`` at it that failed."""
         ticket, now = new_ticket(), self.clock()
         lease = min(LEASE, request.thinking_tokens) if self.cashier.leased else request.thinking_tokens
-        flight = Flight(job, slot, request, now, moved=now, attempts=attempts, carried=carried)
+        flight = Flight(job, slot, request, now, moved=now, attempts=attempts)
         flight.lease_end = lease if self.cashier.leased and lease < request.thinking_tokens else None
         flight.expected = self.cashier.typical_cost(0.0)
         account = job.account
@@ -126,16 +124,12 @@ class Flights:
 
     # -- out of it ---------------------------------------------------------------------------------------------------------
     def settle(self, ticket: int, completion: Completion, now: float) -> Charge:
-        """A branch has ended: what it cost is spent, and what was held beyond that is free. Returns its charge, all attempts."""
+        """A branch has ended: what it cost is spent, and what was held beyond that is free. Returns its charge."""
         flight = self.aloft[ticket]
         job, unit = flight.job, self.books.unit
-        charge = flight.carried + self.cashier.pricer.charge(
-            flight.request, completion, now - flight.submitted
-        )
-        attempt = spent_in(unit, charge) - spent_in(unit, flight.carried)
-        if unit == "seconds":
-            attempt = 0.0  # branches run side by side; the scope's clock counts
-        job.account.meter.settle(ticket, attempt)
+        charge = self.cashier.pricer.charge(flight.request, completion, now - flight.submitted)
+        # under a budget of seconds branches run side by side: the scope's clock counts
+        job.account.meter.settle(ticket, spent_in(unit, charge) if unit != "seconds" else 0.0)
         job.account.flights -= 1
         job.account.planned -= flight.expected
         job.flights.discard(ticket)
@@ -143,7 +137,7 @@ class Flights:
         return charge
 
     def remove(self, ticket: int) -> None:
-        """A branch has ended, and is on record (or on its way again)."""
+        """A branch has ended, and is on record."""
         self.books.status.running_tokens -= self.aloft.pop(ticket).tokens
 
     def branch(self, flight: Flight, completion: Completion, charge: Charge) -> Branch:
@@ -166,7 +160,7 @@ class Flights:
 
     def _price(self, flight: Flight, completion: Completion) -> Charge:
         seconds = self.clock() - flight.submitted
-        return flight.carried + self.cashier.pricer.charge(flight.request, completion, seconds)
+        return self.cashier.pricer.charge(flight.request, completion, seconds)
 
     def record(self, ticket: int, completion: Completion) -> None:
         """A branch has ended whose problem will not go on in this session: charge it and write it down."""

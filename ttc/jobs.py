@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ttc.budget import Budget, Meter
 from ttc.types import (
@@ -124,21 +124,20 @@ class Account:
     planned: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A branch that waits for the money for another attempt: how many there were, and what the last became (charged already)."""
+class Failure(NamedTuple):
+    """A request that waits to be made again: the attempts that failed, which are on record and paid for, and what was wrong."""
 
     attempts: int
-    branch: Branch
+    error: str
 
 
 @dataclass(slots=True)
 class Job:
     """One problem on its way; ``posed``: as its policy and the reward model see it. ``prompts``: its prompt in tokens at each
-    effort. ``failures``: by slot, those of its ``pending`` requests that have failed before. For ``Generate`` work: its ``open``
-    slots. For ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices
-    that it cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way
-    to its answer; ``traceback``: of the policy's exception."""
+    effort. ``failures``: of the pending requests that have failed before, by slot. For ``Generate`` work: its ``open`` slots. For
+    ``Steer`` work: ``tickets`` of running branches by request index, what is ``news`` to the policy (``quiet``: indices that it
+    cancelled itself), whether it ``waits``, and its last word while branches still end. ``trouble``: what broke on the way to its
+    answer; ``traceback``: of the policy's exception."""
 
     order: int
     problem: Problem
@@ -148,7 +147,7 @@ class Job:
     routine: Routine | None = None
     work: Generate | Steer | None = None
     pending: deque[tuple[int, Request]] = field(default_factory=deque)
-    failures: dict[int, Failed] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
     slots: list[Branch | None] = field(default_factory=list)
     open: int = 0
     arrived: list[Branch] = field(default_factory=list)
@@ -190,7 +189,6 @@ class Flight:
     lease_end: int | None = None
     moved: float = 0.0
     attempts: int = 0
-    carried: Charge = Charge()
     expected: float = 0.0
     closing: bool = False
     probes: list[Probe] = field(default_factory=list)

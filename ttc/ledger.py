@@ -60,8 +60,8 @@ class Ledger:
     """Open with ``Ledger.open(directory, config)``, or ``Ledger()`` for one that is kept in memory only.
 
     ``results`` are the finished problems by id, ``interrupted`` charges of branches that were cut by the end of an earlier
-    session: they count as spent and are sampled again. Problems that had failed are open again (the server may be back), their
-    failed branches likewise.
+    session, and of attempts that failed and were made again: they count as spent, and have no sample. Problems that had failed are
+    open again (the server may be back), their failed branches likewise.
     """
 
     directory: Path | None = None

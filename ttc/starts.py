@@ -8,8 +8,8 @@ from dataclasses import replace
 from ttc.books import Books
 from ttc.cashier import Cashier
 from ttc.flights import Flights
-from ttc.jobs import Desk, Failed, Job
-from ttc.types import Branch, Completion, Request, Steer
+from ttc.jobs import Desk, Failure, Flight, Job
+from ttc.types import Branch, Completion, Steer
 
 AHEAD = 0.25
 """How much of what is left of a shared budget steered pieces may have under way: the rest waits for what those teach."""
@@ -17,7 +17,8 @@ AHEAD = 0.25
 
 class Starts:
     """The jobs with requests to start. In a budget that all share, every problem's first branch goes first, and steered pieces by
-    their value; else problems in their order. A job whose money is held by others is parked until some comes back (``unpark``)."""
+    their value; else problems in their order. A job whose money is held by others is parked until some comes back (``unpark``); a
+    request that has failed waits like any other (``again``), and is given up when nothing is left that could free money."""
 
     def __init__(self, desk: Desk, flights: Flights, cashier: Cashier, books: Books) -> None:
         self.desk, self.flights, self.cashier, self.books = desk, flights, cashier, books
@@ -25,6 +26,7 @@ class Starts:
         self._ready: list[tuple[float, int, int, Job]] = []
         self._parked: list[Job] = []
         self._pushes = 0
+        self._last = False
 
     @property
     def ready(self) -> bool:
@@ -42,11 +44,17 @@ class Starts:
         self._pushes += 1
         heapq.heappush(self._ready, (first, job.order, self._pushes, job))
 
-    def again(self, job: Job, slot: int, request: Request, failed: Failed) -> None:
-        """The request has failed, and may be started again when there is money for it."""
-        job.failures[slot] = failed
-        job.pending.appendleft((slot, request))
+    def again(self, job: Job, flight: Flight, error: str) -> None:
+        """A request of the job has failed and is to be made again, before the job's other requests."""
+        job.failures[flight.slot] = Failure(flight.attempts + 1, error)
+        job.pending.appendleft((flight.slot, flight.request))
+        job.started -= 1
         self.push(job)
+
+    def last_call(self) -> None:
+        """Nothing runs that could free money: of what still waits for it the first may start with less, or is given up."""
+        self._last = True
+        self.unpark()
 
     def unpark(self) -> None:
         """Money may have come back: what waited for it may try again."""
@@ -63,6 +71,7 @@ class Starts:
         if self._too_far_ahead(job):
             self._parked.append(job)
         elif self._start(job):
+            self._last = False
             if job.pending:
                 self.push(job)
         elif job.pending:
@@ -92,7 +101,8 @@ class Starts:
             if thinking is not None:
                 why = "the budget can't pay for them"
                 self.books.decide(job, f"no probes of branch {request.index}", why, 0.0)
-        if thinking is None and account.flights:
+        waits = account.flights or (slot in job.failures and self._shared and not self._last)
+        if thinking is None and waits:
             if first:
                 meter.reserve(job.order, kept)
             return False
@@ -102,10 +112,9 @@ class Starts:
         job.pending.popleft()
         if thinking != request.thinking_tokens:
             request = replace(request, thinking_tokens=thinking)
-        failed = job.failures.pop(slot, None)
-        if failed is not None:
-            self.books.status.retried_samples += 1
-        self.flights.submit(job, slot, request, attempts=failed.attempts if failed is not None else 0)
+        failure = job.failures.pop(slot, Failure(0, ""))
+        self.books.status.retried_samples += failure.attempts > 0
+        self.flights.submit(job, slot, request, failure.attempts)
         return True
 
     def _deny(self, job: Job) -> None:
@@ -115,10 +124,14 @@ class Starts:
         denied = list(job.pending)
         job.pending.clear()
         for slot, request in denied:
-            failed = job.failures.pop(slot, None)
-            nothing = Completion("", "denied", 0, 0)
-            denied_one = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
-            self.desk.arrive(job, slot, failed.branch if failed is not None else denied_one)
+            nothing, failure = Completion("", "denied", 0, 0), job.failures.pop(slot, None)
+            if failure is not None:
+                why = f"{failure.error} (and the budget pays for no other attempt)"
+                nothing = Completion("", "error", 0, 0, error=why)
+            branch = Branch(job.problem.id, request.index, request.seed, nothing, None, None)
+            if failure is not None:
+                self.books.ledger.write_branch(branch, request)
+            self.desk.arrive(job, slot, branch)
 
     def crowding(self) -> str:
         """What keeps the first branches from filling the engine, where that is the money that is held for them."""
