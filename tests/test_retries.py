@@ -1,5 +1,5 @@
-"""A request that failed is made again when the budget pays for it: it waits for the money that others hold, and is given up only when
-nothing is left that could free any. What the failed attempts cost is spent and on record, whatever becomes of the request."""
+"""A request that failed is made again when the budget pays for it: it waits for the money that others hold, and is given up only
+when nothing is left that could free any. What the failed attempts cost is spent and on record, whatever becomes of the request."""
 
 from __future__ import annotations
 
