@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,13 +14,14 @@ import pytest
 
 import ttc
 from tests.conftest import make_problems
+from tests.waiting import LIMIT_S
 from ttc.api import Options, Run, Settings
 from ttc.engine.fake import FakeEngine, Script
 from ttc.engine.protocol import StepReport
 from ttc.errors import InputError
 from ttc.policies import SelfConsistency
 from ttc.simulate import load
-from ttc.types import Problem
+from ttc.types import Problem, Request
 
 
 class Liking:
@@ -193,22 +193,33 @@ def test_the_keywords_of_run_and_solve_are_the_fields_of_settings() -> None:
     assert told == kept
 
 
-class Slow(FakeEngine):
-    """Lets the event loop have its turn between steps."""
+class Halting(FakeEngine):
+    """Its steps stop after the fifth until it may ``go`` on."""
+
+    def __init__(self, writer: Callable[[Request, int], Script]) -> None:
+        super().__init__(writer=writer)
+        self.go = threading.Event()
 
     def step(self) -> StepReport:
-        time.sleep(0.001)
+        if self.counters().steps >= 5:
+            assert self.go.wait(LIMIT_S)
         return super().step()
 
 
-def test_a_cancelled_asolve_spends_no_more(tmp_path: Path) -> None:
-    engine = Slow(writer=lambda request, issued: Script(300, "7", 1))
+def test_a_cancelled_asolve_spends_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stop = Halting(lambda request, issued: Script(300, "7", 1)), Run.stop
+
+    def stop_and_go(run: Run) -> None:
+        stop(run)
+        engine.go.set()
+
+    monkeypatch.setattr(Run, "stop", stop_and_go)
 
     async def leave() -> None:
         options: Options = {"policy": "self-consistency?n=400", "budget": "100M tokens"}
         working = asyncio.create_task(ttc.asolve(make_problems(1)[0], engine=engine, out=tmp_path, **options))
         while engine.counters().steps < 5:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         working.cancel()
         with pytest.raises(asyncio.CancelledError):
             await working
@@ -233,7 +244,7 @@ def test_an_asolve_that_is_cancelled_as_the_engine_opens_spends_nothing(
 
     def start(model: str, name: str) -> FakeEngine:
         opening.set()
-        go.wait()
+        assert go.wait(LIMIT_S)
         return engine
 
     monkeypatch.setattr("ttc.api.start_engine", start)

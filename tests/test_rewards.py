@@ -263,9 +263,9 @@ class Api(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(**how: bool) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Api,), how)) as listening:
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+def served(of: type[Api] = Api, **how: bool) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (of,), how)) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listening.server_address[1]}"
         listening.shutdown()
@@ -297,6 +297,27 @@ def test_a_server_that_scores_nothing_is_refused_at_the_door() -> None:
         pytest.raises(InputError, match="serve a classifier with --runner pooling"),
     ):
         load_reward(url)
+
+
+def test_a_server_that_lets_go_of_an_idle_connection_is_asked_again() -> None:
+    """It drops every connection at its second call, unanswered, as servers do that give up an idle one at that moment."""
+
+    class Dropping(Api):
+        protocol_version = "HTTP/1.1"
+        used = False
+
+        def parse_request(self) -> bool:
+            drops, self.used = self.used, True
+            self.close_connection = True
+            if not drops and super().parse_request():
+                self.close_connection = False
+                return True
+            return False
+
+    with served(of=Dropping) as url:
+        model, problem = load_reward(url), make_problems(1)[0]
+        for _ in range(3):
+            assert model.score(problem, ["abc"]) == pytest.approx([1 / (4 + len("<user>" + problem.text))])
 
 
 class Letters:

@@ -33,7 +33,7 @@ class Jury:
         """Start what will judge these problems, where verdicts need a process: the first is not kept waiting for it. What compares
         votes is waited for where the run is hurried: its clock has not begun yet."""
         for problem in {(p.verifier, _algebra(p)): p for p in problems}.values():
-            judging, voting = _of(self._judging, problem), self._voter(problem)
+            judging, voting = self._judge(problem), self._voter(problem)
             if isinstance(judging, ReasoningGym) or (isinstance(judging, Math) and _algebra(problem)):
                 judging.start()
             if isinstance(voting, Math | ReasoningGym) and (self.hurried or _algebra(problem)):
@@ -59,11 +59,14 @@ class Jury:
             return None
         if answer is None:
             return Verdict(False, 0.0, "no answer")
-        return _of(self._judging, problem).verify(problem, answer)
+        return self._judge(problem).verify(problem, answer)
 
     def forget(self, problem: Problem) -> None:
         """The problem is done; drop its classes."""
         self._classes.pop(problem.id, None)
+
+    def _judge(self, problem: Problem) -> Verifier:
+        return _of(self._judging, problem, LIMIT_S)
 
     def _voter(self, problem: Problem) -> Verifier:
         return _of(self._voting, problem, HURRIED_LIMIT_S if self.hurried else VOTE_LIMIT_S)
@@ -77,7 +80,7 @@ def _algebra(problem: Problem) -> bool:
     return problem.verifier == Math.name and problem.gold is not None and Math.needs_algebra(problem.gold)
 
 
-def _of(verifiers: dict[str, Verifier], problem: Problem, limit_s: float = LIMIT_S) -> Verifier:
+def _of(verifiers: dict[str, Verifier], problem: Problem, limit_s: float) -> Verifier:
     if problem.verifier not in verifiers:
         verifiers[problem.verifier] = verifier(problem.verifier, limit_s)
     return verifiers[problem.verifier]

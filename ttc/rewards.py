@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl
 
 from ttc import yours
@@ -25,6 +25,9 @@ from ttc.costmodel import ModelShape
 from ttc.errors import EngineError, InputError
 from ttc.jobs import RewardModel
 from ttc.types import Problem
+
+if TYPE_CHECKING:
+    import httpx
 
 Scorer = Callable[[Problem, Sequence[str]], Sequence[float]]
 KEPT_PROMPTS = 4096
@@ -262,17 +265,23 @@ class Served:
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         import httpx
 
+        from ttc.engine.http_stream import CONNECT_S, KEEPALIVE_S
+
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+        self._client = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_S),
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
+        )
         try:
             models = self._call("GET", "/v1/models", None).get("data") or []
+            if not models:
+                raise InputError(f"reward: {self.url} serves no model")
+            self.model = str(models[0]["id"])
+            tried = self._send("POST", "/classify", {"model": self.model, "input": [[0]]})
         except EngineError as error:
             raise InputError(str(error)) from None
-        if not models:
-            raise InputError(f"reward: {self.url} serves no model")
-        self.model = str(models[0]["id"])
         self.name = f"{self.url} ({self.model})"
-        tried = self._client.post("/classify", json={"model": self.model, "input": [[0]]})
         self._whole = (
             tried.status_code == 200
         )  # the path is there for a classifier of tokens, too: it answers 501
@@ -280,15 +289,22 @@ class Served:
     def close(self) -> None:
         self._client.close()
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """What the server answers. A call is made again if the server lets go of an idle connection just as it is used."""
         import httpx
 
         try:
-            reply = self._client.request(method, path, json=body)
+            try:
+                return self._client.request(method, path, json=body)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                return self._client.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise EngineError(
                 f"reward: {self.url} does not answer ({type(error).__name__}: {error})"
             ) from None
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        reply = self._send(method, path, body)
         if reply.status_code != 200:
             text = " ".join(reply.text.split())[:200]
             raise EngineError(

@@ -42,6 +42,8 @@ LOG = logging.getLogger("ttc.engine.openai")
 GENERIC_FORMAT = AnswerFormat(close_text="\n</think>\n\n\\boxed{", extract="boxed", answer_tokens=64)
 UNKNOWN_CONTEXT = 8192
 STEP_WAIT_S = 0.05
+CLOSE_S = 10.0
+"""The longest wait for connections to close, and for the loop to end."""
 
 
 class OpenAIEngine:
@@ -319,12 +321,12 @@ class OpenAIEngine:
         if self._loop.is_closed():
             return
         try:
-            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(timeout=10.0)
+            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(timeout=CLOSE_S)
         except TimeoutError:
-            LOG.warning("%s: a connection did not close in 10 s", self._server.url)
+            LOG.warning("%s: a connection did not close in %g s", self._server.url, CLOSE_S)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=CLOSE_S)
             self._loop.close()
 
     async def _shut(self) -> None:
