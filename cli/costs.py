@@ -235,7 +235,10 @@ def plan(
     if plot is not None:
         from ttc.cli.pictures import draw
 
-        draw(points, made.frontier, tariff, plot, unit=limit.unit, convention=convention, budget=limit.amount)
+        draw(
+            points, made.frontier, tariff, plot, unit=limit.unit, convention=convention, budget=limit.amount,
+            title=_tasks(points),
+        )  # fmt: skip
     if as_json:
         print(json.dumps(made.to_json(tariff)))
         return
@@ -305,7 +308,7 @@ def frontier(
     if plot is not None:
         from ttc.cli.pictures import draw
 
-        draw(points, front, tariff, plot, unit=unit, convention=convention)
+        draw(points, front, tariff, plot, unit=unit, convention=convention, title=_tasks(points))
     if as_json:
         print(json.dumps(finite(result)))
         return
@@ -384,6 +387,10 @@ def _allocations(
                         }
                     )
     return rows
+
+
+def _tasks(points: Sequence[Point]) -> str:
+    return ", ".join(sorted({p.task for p in points if p.task}))
 
 
 def _table(rows: Sequence[tuple[str, Point]], tariff: Tariff) -> None:

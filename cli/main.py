@@ -63,6 +63,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # whatever imports it first: no words of its own
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # ends as a Ctrl-C does: children are ended, too

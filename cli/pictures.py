@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ttc.errors import InputError
 
@@ -70,6 +70,16 @@ def terminal(
     return "\n".join([*lines, *(f"       {line}" for line in legend)])
 
 
+class Dot(NamedTuple):
+    """A configuration in a figure: its cost on the axis, its accuracy and, where it is known, the interval of that."""
+
+    model: str
+    sparse: bool
+    cost: float
+    accuracy: float
+    interval: Sequence[float] | None
+
+
 def draw(
     points: Sequence[Point],
     front: Sequence[Point],
@@ -79,9 +89,46 @@ def draw(
     unit: str = "eflops",
     convention: str = "kinetics",
     budget: float | None = None,
+    title: str = "",
 ) -> None:
     """The same as a figure: every point, the frontier as a line, the budget as a rule. Raises InputError
     without matplotlib."""
+    from ttc.costmodel.frontier import axis
+
+    cost = axis(tariff, unit, convention)
+    known = [p for p in points if p.accuracy is not None]
+    if not known:
+        raise InputError("--plot: no accuracy is known, so there is nothing to draw; give data")
+
+    def dots(some: Sequence[Point]) -> list[Dot]:
+        return [
+            Dot(p.model, p.kv_budget is not None, cost(p), p.accuracy.mean, p.accuracy.interval)
+            for p in some
+            if p.accuracy
+        ]
+
+    label = LABELS.get(unit, unit) + (f" ({convention})" if "flops" in unit else "")
+    figure(
+        dots(sorted(known, key=lambda p: p.params)),
+        dots(front),
+        path,
+        label=label,
+        title=title,
+        budget=budget,
+    )
+
+
+def figure(
+    dots: Sequence[Dot],
+    front: Sequence[Dot],
+    path: Path,
+    *,
+    label: str,
+    title: str = "",
+    budget: float | None = None,
+) -> None:
+    """Accuracy over log cost in a .png or .svg file; the frontier's points have their intervals. Raises InputError without
+    matplotlib, or where the file can't be written."""
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {path.name}: give a name that ends in .png or .svg")
     try:
@@ -91,41 +138,33 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from ttc.costmodel.frontier import axis
-
-    cost = axis(tariff, unit, convention)
-    known = [p for p in points if p.accuracy is not None]
-    if not known:
-        raise InputError("--plot: no accuracy is known, so there is nothing to draw; give data")
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    models = sorted({p.model for p in known}, key=lambda m: min(p.params for p in known if p.model == m))
-    for color, name in enumerate(models):
+    drawn, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for color, name in enumerate(dict.fromkeys(dot.model for dot in dots)):
         for sparse, marker in ((False, "o"), (True, "s")):
-            mine = [p for p in known if p.model == name and (p.kv_budget is not None) == sparse]
+            mine = [dot for dot in dots if dot.model == name and dot.sparse == sparse]
             if mine:
                 axes.scatter(
-                    [cost(p) for p in mine],
-                    [p.accuracy.mean for p in mine if p.accuracy],
-                    s=14,
-                    marker=marker,
-                    alpha=0.6,
-                    color=f"C{color}",
-                    label=f"{name}{', sparse KV' if sparse else ''}",
-                )
+                    [dot.cost for dot in mine], [dot.accuracy for dot in mine], s=14, marker=marker, alpha=0.6,
+                    color=f"C{color}", label=f"{name}{', sparse KV' if sparse else ''}",
+                )  # fmt: skip
     axes.plot(
-        [cost(p) for p in front],
-        [p.accuracy.mean for p in front if p.accuracy],
-        color="black",
-        lw=1,
-        label="frontier",
+        [dot.cost for dot in front], [dot.accuracy for dot in front], color="black", lw=1, label="frontier"
     )
+    sure = [(dot.cost, *dot.interval) for dot in front if dot.interval]
+    if sure:
+        places, lows, highs = zip(*sure, strict=True)
+        axes.vlines(
+            places, lows, highs, color="black", alpha=0.3, lw=1, label="its 95 % intervals, where known"
+        )
     if budget is not None:
         axes.axvline(budget, color="grey", ls="--", lw=1, label="budget")
-    axes.set_xscale("log")
-    axes.set_xlabel(LABELS.get(unit, unit) + (f" ({convention})" if "flops" in unit else ""))
-    axes.set_ylabel("accuracy")
+    axes.set(xscale="log", xlabel=label, ylabel="accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"--plot {path}: can't be written ({error.strerror}); give another file") from None
+    finally:
+        pyplot.close(drawn)

@@ -128,6 +128,12 @@ def solve(
     )  # fmt: skip
     settings.check()
     rule, most = settings.resolved()
+    if model is not None and not model.strip():
+        raise InputError("model: the name is empty; give a nano name, a folder or a hub id, or leave it out")
+    if text is not None and n is not None:
+        raise InputError(
+            f"n: {n} problems, but a text is one; leave it out (samples are the policy's: -p 'self-consistency?n={max(n, 1)}')"
+        )
     with _saying("reading the problems", not (quiet or as_json)):
         loaded = load(
             text=text, input=input, task=task, n=n if n is not None or task is None else 100, seed=seed,
@@ -155,6 +161,8 @@ def solve(
             from ttc.engine.vllm_args import read_engine_args
 
             options |= {"engine_args": read_engine_args(engine_arg)}
+        if kv_when is not None and kv_budget is None:
+            raise InputError(f"kv-when: {kv_when!r} needs a budget; add --kv-budget TOKENS")
         options |= {} if kv_when is None else {"kv_when": check_when(kv_when)}
         options |= {"short_pages": True} if "steps" in traits_of(rule).needs else {}
     judge = load_reward(reward) if reward is not None else None

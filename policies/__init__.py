@@ -98,6 +98,8 @@ def _coerce(policy: str, key: str, value: str, default: Any) -> Any:
             return int(value)
         if isinstance(default, float):
             return float(value)
+    except InputError:
+        raise  # a policy within this one
     except (ValueError, KeyError):
         raise InputError(
             f"policy: {policy} wants {type(default).__name__} for {key}, not {value!r}"

@@ -108,7 +108,7 @@ class Adaptive:
             )
         if not 0 <= self.price <= 1 or not 0 < self.confidence <= 1:
             raise InputError(
-                f"policy: price={self.price:g} and confidence={self.confidence:g} are probabilities"
+                f"policy: price={self.price:g}, confidence={self.confidence:g}; each is 0 to 1, the confidence above 0"
             )
         if not 0 < self.patience <= 1 or not 0 <= self.after < float("inf") or self.early < 0:
             raise InputError(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import ttc.nano
-from ttc.costmodel.frontier import axis, pareto, report
+from ttc.costmodel.frontier import report
 from ttc.costmodel.hardware import Hardware
 from ttc.costmodel.points import Point, Tariff, pool_points
 from ttc.costmodel.records import Pool, PooledProblem
@@ -108,6 +108,15 @@ def tariff(task: str) -> Tariff:
     )
 
 
+def clear(front: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a Pareto set that are a point better than the one before: less is noise, not progress."""
+    kept: list[dict[str, Any]] = []
+    for point in front:
+        if not kept or point["accuracy"] >= kept[-1]["accuracy"] + 0.01:
+            kept.append(point)
+    return kept
+
+
 def tables(found: dict[str, dict[str, Any]]) -> str:
     """The Pareto set and who rules, in Markdown."""
     lines: list[str] = []
@@ -119,14 +128,11 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
             "| kinetics eFLOPs | configuration | accuracy |",
             "| --- | --- | --- |",
         ]
-        last = -1.0
-        for point in data["pareto"]:
-            if point["accuracy"] < last + 0.01:  # less is noise, not progress
-                continue
-            last = point["accuracy"]
+        for point in clear(data["pareto"]):
             low, high = point["accuracy_ci95"]
             lines.append(
-                f"| {point['eflops_kinetics']:.2e} | {point['label']} | {100 * last:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
+                f"| {point['eflops_kinetics']:.2e} | {point['label']} |"
+                f" {100 * point['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] |"
             )
         lines += ["", "Who rules (its own frontier is the highest there):", ""]
         for band in data["bands"]:
@@ -176,20 +182,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.speed:
         data["speed"] = speed(models)
     else:
-        from ttc.cli import pictures
+        from ttc.rl.figures import draw_family
 
-        data["study"] = {}
-        for number, (task, points) in enumerate(
-            study(models, args.task or TASKS, args.n, args.samples).items()
-        ):
-            charged = tariff(task)
-            data["study"][task] = report(points, charged)
-            pictures.draw(
-                points,
-                pareto(points, axis(charged), gain=0.01),
-                charged,
-                args.out / f"nano_family_{number}.png",
-            )
+        found = study(models, args.task or TASKS, args.n, args.samples)
+        data["study"] = {task: report(points, tariff(task)) for task, points in found.items()}
+        draw_family(data["study"], args.out)
         print(tables(data["study"]))
     file.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -1,4 +1,5 @@
-"""The family side by side, from its cards: ``python -m ttc.rl.figures`` writes docs/nano_tables.md and draws docs/nano_curves.png.
+"""The family side by side, from its cards: ``python -m ttc.rl.figures`` writes docs/nano_tables.md, draws docs/nano_curves.png and,
+from the study, docs/nano_family_0.png and so on.
 
 Nothing is measured here: ``ttc.rl.evaluate`` writes the cards, training the loss curves beside them, ``ttc.rl.family`` the study
 of size × samples × length (docs/nano_family.json).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,50 +154,84 @@ def tables(found: Cards, study: Mapping[str, Any]) -> str:
 
 
 def draw(found: Cards, out: Path) -> Path:
-    """Loss by targets; accuracy by samples; accuracy by forced thinking length; effort. Returns the file."""
+    """Loss by targets; accuracy by samples; accuracy by forced thinking length; effort. Bands are the cards' 95 % intervals over
+    problems. Returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    for color, (name, info) in enumerate(found.items()):
-        style = {"color": f"C{color}", "label": name, "marker": "o", "markersize": 3}
-        curve = json.loads((ttc.nano.ROOT / name / "loss.json").read_text())
-        axes[0].plot(
-            [p["tokens"] / 1e6 for p in curve], [p["loss"] for p in curve], color=f"C{color}", label=name
-        )
-        rows = info["evaluation"]["by_samples"][info["tasks"][0]]
-        axes[1].plot([r["k"] for r in rows], [r["majority"]["mean"] for r in rows], **style)
-        axes[1].plot(
-            [r["k"] for r in rows], [r["coverage"]["mean"] for r in rows], color=f"C{color}", linestyle=":"
-        )
-        rows = info["evaluation"]["forced_close"][info["tasks"][0]]
-        axes[2].plot([max(8, r["budget"]) for r in rows], [r["pass@1"]["mean"] for r in rows], **style)
-        rows = info["evaluation"]["efforts"]
-        axes[3].plot(
-            [r["thinking_tokens"]["mean"] for r in rows], [r["pass@1"]["mean"] for r in rows], **style
-        )
     demo = card.short(heldout.GRADED["sums"][0])
-    titles = (
-        "training loss",
-        f"vote (coverage dotted)\n{demo}",
-        f"thought closed by force\n{demo}",
-        f"effort 0.25 to 1\n{demo}",
-    )
-    labels = ("targets (M)", "samples", "thinking tokens at most", "mean thinking tokens")
-    for each, title, label in zip(axes, titles, labels, strict=True):
-        each.set(title=title, xlabel=label)
-        each.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
+
+    def curve(place: int, xs: list[float], cells: list[dict[str, Any]], color: str, name: str) -> None:
+        axes[place].plot(
+            xs, [cell["mean"] for cell in cells], color=color, label=name, marker="o", markersize=3
+        )
+        low, high = zip(*(cell["ci95"] for cell in cells), strict=True)
+        axes[place].fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
+
+    for number, (name, info) in enumerate(found.items()):
+        color, told = f"C{number}", info["evaluation"]
+        losses = json.loads((ttc.nano.ROOT / name / "loss.json").read_text())
+        axes[0].plot(
+            [p["tokens"] / 1e6 for p in losses], [p["loss"] for p in losses], color=color, label=name
+        )
+        rows = told["by_samples"][info["tasks"][0]]
+        curve(1, [r["k"] for r in rows], [r["majority"] for r in rows], color, name)
+        axes[1].plot(
+            [r["k"] for r in rows], [r["coverage"]["mean"] for r in rows], color=color, linestyle=":"
+        )
+        rows = told["forced_close"][info["tasks"][0]]
+        curve(2, [max(8, r["budget"]) for r in rows], [r["pass@1"] for r in rows], color, name)
+        rows = told["efforts"]
+        curve(3, [r["thinking_tokens"]["mean"] for r in rows], [r["pass@1"] for r in rows], color, name)
+    for axis, title, label, side in zip(
+        axes,
+        (
+            "training",
+            f"vote (coverage dotted)\n{demo}",
+            f"thought closed by force\n{demo}",
+            f"effort 0.25 to 1\n{demo}",
+        ),
+        ("targets (M)", "samples", "thinking tokens at most", "mean thinking tokens"),
+        ("loss", *("accuracy",) * 3),
+        strict=True,
+    ):
+        axis.set(title=title, xlabel=label, ylabel=side)
+        axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[1].set_xscale("log", base=2)
-    axes[2].set_xscale("log", base=2)
-    axes[3].set_xscale("log", base=2)
+    for axis, ticks in zip(
+        axes[1:], ((1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64, 128, 256, 512), (16, 32, 64, 128)), strict=True
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axes[0].legend(frameon=False)
     file = out / "nano_curves.png"
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
     return file
+
+
+def draw_family(study: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
+    """The family study's pictures, one a task: accuracy against Kinetics eFLOPs, intervals on the frontier. Returns the files."""
+    from ttc.cli import pictures
+    from ttc.rl.family import clear
+
+    def dots(rows: Sequence[Mapping[str, Any]]) -> list[pictures.Dot]:
+        return [
+            pictures.Dot(r["model"], False, r["eflops_kinetics"], r["accuracy"], r["accuracy_ci95"])
+            for r in rows
+        ]
+
+    files = []
+    for number, (task, told) in enumerate(study.items()):
+        files.append(out / f"nano_family_{number}.png")
+        pictures.figure(
+            dots(told["points"]), dots(clear(told["pareto"])), files[-1], label=pictures.LABELS["eflops"] + " (kinetics)",
+            title=card.short(task),
+        )  # fmt: skip
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,9 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = cards()
     family = args.out / "nano_family.json"
+    known = json.loads(family.read_text()) if family.exists() else {}
     file = args.out / "nano_tables.md"
-    file.write_text(tables(found, json.loads(family.read_text()) if family.exists() else {}))
-    print(file, draw(found, args.out), sep="\n")
+    file.write_text(tables(found, known))
+    print(file, draw(found, args.out), *draw_family(known.get("study", {}), args.out), sep="\n")
 
 
 if __name__ == "__main__":

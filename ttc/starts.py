@@ -135,6 +135,8 @@ class Starts:
 
     def crowding(self) -> str:
         """What keeps the first branches from filling the engine, where that is the money that is held for them."""
+        if self.cashier.budget.unit == "seconds":
+            return ""  # of time nothing is held
         running = len(self.flights.aloft)
         free = self.flights.engine.info.concurrency - running
         waiting = [job for job in self._parked if job.pending and not self._too_far_ahead(job)]

@@ -73,8 +73,12 @@ def _noise(run: Replay) -> float:
     return float(run.right.mean(axis=1).std() / len(run.right) ** 0.5)
 
 
+DASHES = {"self-consistency": (0, (4, 4)), "early-stopping": (0, (1.5, 3))}
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A panel a pool, accuracy against tokens a problem, bands of two standard errors of shuffling. Needs matplotlib."""
+    """A panel a pool, accuracy against tokens a problem, bands of two standard errors of shuffling. Lines that lie on one another
+    show through by their dashes. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,9 +93,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
             x, y, noise = zip(*points, strict=True)
             ours = label == "adaptive"
             colour = "C3" if ours else {"parallel-probe": "C4"}.get(label)
-            style = {"color": colour, "linewidth": 2.2 if ours else 1.2, "zorder": 3 if ours else 2}
+            style = {"color": colour, "linewidth": 2.2 if ours else 1.4, "zorder": 3 if ours else 2}
+            style["linestyle"] = DASHES.get(label.partition("?")[0], "-")
             (line,) = axis.plot(
-                x, [100 * v for v in y], "o-", markersize=3.5, label=label.partition("?")[0], **style
+                x, [100 * v for v in y], marker="o", markersize=3.5, label=label.partition("?")[0], **style
             )
             low, high = ([100 * (v + s * e) for v, e in zip(y, noise, strict=True)] for s in (-2, 2))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
@@ -104,7 +109,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("accuracy, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9,
+        title="bands: ±2 standard errors of shuffling; intervals over problems are far wider", title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=130)
 
 

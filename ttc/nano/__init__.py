@@ -8,6 +8,7 @@ tell what it was trained on and what was measured. ``ttc.rl`` makes them.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,9 @@ def reward(name: str) -> NanoReward:
         raise InputError(
             f"reward: no reward model {name!r}; use one of {', '.join(rewards()) or '(none)'}, a folder, vllm:MODEL or http://HOST:PORT"
         )
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # torch is silent about the machine's memory, as in the engine
     from ttc.rl.reward import load
 
     return load(folder)
