@@ -93,7 +93,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
             x, y, noise = zip(*points, strict=True)
             ours = label == "adaptive"
             colour = "C3" if ours else {"parallel-probe": "C4"}.get(label)
-            style: dict[str, Any] = {"color": colour, "linewidth": 2.2 if ours else 1.4, "zorder": 3 if ours else 2}
+            style: dict[str, Any] = {
+                "color": colour,
+                "linewidth": 2.2 if ours else 1.4,
+                "zorder": 3 if ours else 2,
+            }
             style["linestyle"] = DASHES.get(label.partition("?")[0], "-")
             (line,) = axis.plot(
                 x, [100 * v for v in y], marker="o", markersize=3.5, label=label.partition("?")[0], **style
