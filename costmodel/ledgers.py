@@ -54,7 +54,7 @@ def pool_of_run(folder: Path, *, cut: bool = False) -> Pool:
         run = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         run = {}
-    prompts = [b["completion"].get("prompt_tokens", 0) for group in grouped.values() for b in group]
+    prompts = [_prompt_of(b["completion"]) for group in grouped.values() for b in group]
     return Pool(
         folder.name,
         tuple(problems),
@@ -66,6 +66,12 @@ def pool_of_run(folder: Path, *, cut: bool = False) -> Pool:
         prompt_tokens=float(np.mean(prompts)),
         thinking_tokens=int(run.get("thinking_limit") or 0),
     )
+
+
+def _prompt_of(completion: Mapping[str, Any]) -> int:
+    """The problem's own prompt, in tokens: of several calls the first one's."""
+    calls = completion.get("calls")
+    return int(calls[0][0] if calls else completion.get("prompt_tokens", 0))
 
 
 def _problem(

@@ -357,3 +357,14 @@ def test_a_mark_stands_behind_every_step(step: str, text: str, read: str) -> Non
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match=r"^reward: http://127.0.0.1:9 does not answer"):
         load_reward("http://127.0.0.1:9")
+
+
+def test_a_prompt_is_read_with_all_of_its_messages() -> None:
+
+    class Spelt(Letters):
+        def prompt(self, problem: Problem) -> list[int]:
+            return [0] * sum(len(message["content"]) for message in problem.messages)
+
+    reward, question = PoolingReward(Spelt()), {"role": "user", "content": "1+1"}
+    briefly, slowly = (Problem("0", ({"role": "system", "content": c}, question)) for c in ("ab", "abcd"))
+    assert [reward.tokens(p, ["x"]) for p in (briefly, slowly, briefly)] == [6, 8, 6]

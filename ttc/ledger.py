@@ -319,13 +319,15 @@ def branch_to_json(branch: Branch) -> dict[str, Any]:
 def branch_from_json(row: Mapping[str, Any]) -> Branch:
     try:
         written = row["completion"]
-        forks = tuple(Fork(*each) for each in written.get("forks", ()))
+        forks, calls = ([Fork(*each) for each in written.get(key, ())] for key in ("forks", "calls"))
         ids = tuple(written.get("token_ids", ()))
         return Branch(
             problem_id=row["problem"],
             index=row["index"],
             seed=row["seed"],
-            completion=_build(Completion, {**written, "forks": forks, "token_ids": ids}),
+            completion=_build(
+                Completion, {**written, "forks": tuple(forks), "calls": tuple(calls), "token_ids": ids}
+            ),
             answer=row["answer"],
             vote=row["vote"],
             charge=_build(Charge, row["charge"]),

@@ -66,13 +66,16 @@ class Pricer:
         prompt = completion.prompt_tokens + sum(fork.prompt_tokens for fork in completion.forks)
         flops = moved = eflops = own = 0.0
         if self.shape is not None and tokens:
-            cost = full(
-                self.shape,
-                prompt_tokens=completion.prompt_tokens,
-                cached_prompt_tokens=completion.cached_tokens,
-                generated_tokens=tokens,
-                weight_reads=self._reads(tokens, completion.weight_reads),
-            )
+            if completion.calls:
+                cost = sum((self._fork(*call) for call in completion.calls), Cost())
+            else:
+                cost = full(
+                    self.shape,
+                    prompt_tokens=completion.prompt_tokens,
+                    cached_prompt_tokens=completion.cached_tokens,
+                    generated_tokens=tokens,
+                    weight_reads=self._reads(tokens, completion.weight_reads),
+                )
             cost -= self._skipped(completion.kv_skipped or 0.0, completion.kv_scored)
             flops, moved, eflops = float(cost.flops), float(cost.bytes), float(cost.eflops(self.intensity))
             own = self.kinetics(request, completion).own
@@ -80,7 +83,10 @@ class Pricer:
             cost = self._fork(*fork)
             flops, moved = flops + float(cost.flops), moved + float(cost.bytes)
             eflops += float(cost.eflops(self.intensity))
-        read = kv_reads(completion.prompt_tokens, tokens)
+        if completion.calls:
+            read = sum(kv_reads(call.prompt_tokens, call.output_tokens) for call in completion.calls)
+        else:
+            read = kv_reads(completion.prompt_tokens, tokens)
         read += sum(kv_reads(fork.prompt_tokens, fork.output_tokens) for fork in completion.forks)
         return Charge(
             tokens_generated=completion.generated_tokens,
@@ -175,13 +181,15 @@ class Pricer:
 
     def kinetics(self, request: Request, completion: Completion) -> Kinetics:
         """Kinetics Eq. 4 for one of N branches, dense unless it is known to have skipped KV tokens. The equation is linear in N:
-        its slope is the branch's own cost, its intercept the prompt's KV reads, which the paper shares over the N."""
+        its slope is the branch's own cost, its intercept the prompt's KV reads, which the paper shares over the N. Of several calls
+        the prompt is the first's: what later ones repeat is the branch's own output."""
         if self.shape is None or not completion.output_tokens:
             return Kinetics(0.0, 0.0)
+        prompt = completion.calls[0].prompt_tokens if completion.calls else completion.prompt_tokens
         one, two = (
             kinetics(
                 self.shape,
-                prompt_tokens=completion.prompt_tokens,
+                prompt_tokens=prompt,
                 generated_tokens=completion.output_tokens,
                 samples=n,
                 **(self._sparse(request) if completion.kv_skipped else {}),

@@ -155,7 +155,7 @@ class PoolingReward:
         self.pooler, self.name, self.shape, self._step = pooler, pooler.name, pooler.shape, step
         self.slow, self.at_once = pooler.at_once > 0, max(pooler.at_once, 1)
         self._end = pooler.text(end) if end else []
-        self._prompts: dict[tuple[str, str], list[int]] = {}
+        self._prompts: dict[str, list[int]] = {}
         self._texts: dict[str, list[int]] = {}  # what is asked for its tokens is scored next
         try:
             pooler.outputs([[*pooler.text("1"), *self._end]])
@@ -163,7 +163,7 @@ class PoolingReward:
             raise InputError(str(error)) from None
 
     def _prompt(self, problem: Problem) -> list[int]:
-        key = (problem.id, problem.text)
+        key = repr(problem.messages)
         if key not in self._prompts:
             if len(self._prompts) >= KEPT_PROMPTS:
                 self._prompts.clear()

@@ -177,8 +177,8 @@ class Request:
 
 
 class Fork(NamedTuple):
-    """A request of its own that an anytime answer took: the branch so far as its prompt, how much of that was in the cache, what it
-    wrote (closing included), and its share of weight reads (None: not measured)."""
+    """A request of its own that an anytime answer took, or one of several that a branch took: the branch so far as its prompt, how
+    much of that was in the cache, what it wrote (closing included), and its share of weight reads (None: not measured)."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -192,7 +192,8 @@ class Completion:
 
     ``generated_tokens`` were sampled, ``forced_tokens`` inserted (closing spans, triggers: ``triggers`` of them were begun);
     ``probe_tokens`` is what its anytime answers cost, beside the branch (``forks``: one by one, where each took a request of its
-    own). ``partial``: it only paused at the end of a step.
+    own). ``calls`` are the requests that the branch itself took, where it took several (continuations over HTTP): each one's
+    prompt, which holds what was written before it, is in ``prompt_tokens``. ``partial``: it only paused at the end of a step.
     ``weight_reads`` is the branch's share of the engine's passes over the weights: the sum over its steps of 1 / (sequences in
     that step), None where the engine can't see its batch. ``mean_logprob`` (nats a token) and ``self_certainty`` (nats) are None
     unless the request asked for them. ``kv_skipped`` are the KV tokens that sparse decoding left unread and ``kv_scored`` the page
@@ -215,6 +216,7 @@ class Completion:
     triggers: int = 0
     partial: bool = False
     forks: tuple[Fork, ...] = ()
+    calls: tuple[Fork, ...] = ()
     kv_skipped: float | None = None
     kv_scored: float = 0.0
 

@@ -294,8 +294,8 @@ def test_a_forced_token_is_the_only_one_at_any_temperature() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"due": -1}, {"due": "soon"}, {"colour": 3}, "close it", {"loop_repeats": 1}],
-    ids=["negative", "text", "unknown", "no mapping", "a loop of one"],
+    [{"due": -1}, {"due": "soon"}, {"colour": 3}, "close it", {"loop_repeats": 1}, {"key": []}],
+    ids=["negative", "text", "unknown", "no mapping", "a loop of one", "a key of another kind"],
 )
 def test_instructions_are_validated_at_the_door(wrong: Any) -> None:
     from vllm import SamplingParams
@@ -304,3 +304,39 @@ def test_instructions_are_validated_at_the_door(wrong: Any) -> None:
 
     with pytest.raises(ValueError, match="ttc"):
         ControlProcessor.validate_params(SamplingParams(extra_args={"ttc": wrong}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"think_close": [VOCAB], "due": 2},
+        {"think_close": [CLOSE], "close": [CLOSE, 10**9], "due": 2},
+        {"think_close": [CLOSE], "lead": [VOCAB], "due": 2},
+        {"think_close": [CLOSE], "triggers": [[5], [VOCAB]], "at": [1, 2], "due": 20},
+    ],
+)
+def test_a_token_that_the_model_has_not_does_not_end_the_engine(wrong: dict[str, Any]) -> None:
+    """A server's processor knows the model's vocabulary only here: such instructions are ignored, and others go on."""
+    batch = Batch()
+    batch.processor.vocabulary = VOCAB
+    lost = batch.add(**wrong)
+    capped = batch.add(due=3, think_close=[CLOSE], close=[CLOSE, 8], lead=[])
+    for _ in range(6):
+        batch.step()
+    assert lost == [20] * 6
+    assert capped == [20, 20, 20, CLOSE, 8, 20]
+
+
+def test_an_end_mark_that_the_model_has_not_is_none() -> None:
+    batch = Batch()
+    batch.processor.vocabulary = VOCAB
+    from vllm import SamplingParams
+
+    row: list[int] = []
+    instructions = {"due": 2, "think_close": [CLOSE], "close": [CLOSE], "lead": []}
+    params = SamplingParams(extra_args={"ttc": instructions}, stop_token_ids=[END, VOCAB + 5, -1])
+    batch.added.append((0, params, None, row))
+    batch.outputs.append(row)
+    for _ in range(4):
+        batch.step()
+    assert row == [20, 20, CLOSE, 20]

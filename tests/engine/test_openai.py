@@ -20,8 +20,11 @@ from tests.engine.http_engine import (
 )
 from tests.engine.mock_server import Call, Script
 from tests.waiting import LIMIT_S
+from ttc.costmodel import full, kinetics, kv_reads
 from ttc.engine import http_stream
+from ttc.engine.fake import TINY_SHAPE
 from ttc.errors import EngineError
+from ttc.pricing import Pricer
 from ttc.types import AnswerFormat, Completion
 
 
@@ -332,3 +335,37 @@ def test_any_thread_may_use_it() -> None:
         for thread in threads:
             thread.join()
         assert {d.finish for d in done} == {"stop"}
+
+
+def test_each_call_of_a_branch_is_priced_on_its_own_prompt() -> None:
+    """The second call's prompt holds the thought: its tokens are read once more, and are no part of the first call's context."""
+    with serving(lambda call: Script("x", endless=True) if call.number == 0 else Script("5")) as (
+        engine,
+        server,
+    ):
+        asked = request(30)
+        (done,) = run(engine, [asked])
+        prompt = engine.count_prompt(asked.problem)
+        assert [tuple(call) for call in done.calls] == [
+            (prompt, 0, 30, None),
+            (prompt + 30 + len("</think>A"), 0, 2, None),
+        ]
+        assert done.prompt_tokens == sum(call.prompt_tokens for call in done.calls) == server.prompted
+    pricer = Pricer(TINY_SHAPE, 1, False)
+    charge = pricer.charge(asked, done, 0.0)
+    parts = [
+        full(TINY_SHAPE, prompt_tokens=call.prompt_tokens, generated_tokens=call.output_tokens, batch=1)
+        for call in done.calls
+    ]
+    read = sum(kv_reads(call.prompt_tokens, call.output_tokens) for call in done.calls)
+    assert charge.kv_tokens == read
+    assert charge.flops == pytest.approx(sum(part.flops for part in parts))
+    paper = [
+        kinetics(TINY_SHAPE, prompt_tokens=prompt, generated_tokens=done.output_tokens, samples=n).eflops()
+        for n in (1, 2)
+    ]
+    assert charge.eflops_kinetics == pytest.approx(paper[1] - paper[0])
+    assert charge.eflops <= pricer.most("eflops", asked, 3 * prompt + 2 * 60, 60)
+    with serving(answers_by("a", "b")) as (engine, _):
+        (whole,) = run(engine, [request()])
+        assert whole.calls == ()

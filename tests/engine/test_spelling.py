@@ -9,6 +9,7 @@ import pytest
 from ttc import nano
 from ttc.engine.model import load_model_files
 from ttc.engine.vllm_spelling import Spelling
+from ttc.types import Problem
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -72,3 +73,26 @@ def test_decoders_that_do_more_are_asked() -> None:
     assert _spelling(cleaning, cleans=True).text(ids) == "slow: " + cleaning.decode(
         ids, skip_special_tokens=False
     )
+
+
+def test_a_prompt_is_remembered_by_all_of_its_messages() -> None:
+    """One id and one question under two instructions are two prompts."""
+    spelling = _spelling(_fused())
+
+    def template(messages: list[dict[str, str]], **options: Any) -> list[int]:
+        rendered.append(messages)
+        return [len(m["content"]) for m in messages]
+
+    rendered: list[list[dict[str, str]]] = []
+    spelling.tokenizer.apply_chat_template = template
+    question = {"role": "user", "content": "1+1"}
+    plain = Problem("0", (question,))
+    briefly, slowly = (
+        Problem("0", ({"role": "system", "content": c}, question)) for c in ("Briefly.", "Slowly, please.")
+    )
+    for _ in range(2):
+        assert [spelling.prompt(p, None) for p in (plain, briefly, slowly)] == [[3], [8, 3], [15, 3]]
+    before = len(rendered)
+    assert spelling.prompt(slowly, None) is spelling.prompt(slowly.posed(), None)
+    assert spelling.prompt(slowly, 0.5) == [15, 3]
+    assert len(rendered) == before + 1

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
+LOG = logging.getLogger("ttc.engine.control")
 EXTRA_ARGS_KEY = "ttc"
 NEVER_WRITTEN = "\N{SYMBOL FOR NULL}" * 32
 """A word that a server is told to keep from: where it schedules ahead, it fetches each token in time for requests with such words
@@ -233,7 +235,10 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         instructions = read_instructions(sampling_params.extra_args)
-        if instructions is None or instructions.get("key") in CONTROLS:
+        if instructions is None:
+            return
+        key = instructions.get("key")
+        if isinstance(key, int) and key in CONTROLS:
             return  # of this process, and made by us
         try:
             Control.of(instructions)
@@ -244,6 +249,7 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
+        self.vocabulary = FAR if vllm_config is None else int(vllm_config.model_config.get_vocab_size())
         self.clock = 0
         self.rows: dict[int, Control] = {}
         self.agenda: list[tuple[int, int, Control]] = []  # (clock when due, tie, control)
@@ -292,6 +298,13 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
         control = CONTROLS.get(key) or _HEARD.get(key)
         known = control is not None
         control = control or Control.of(instructions)
+        if (
+            not known and control.largest >= self.vocabulary
+        ):  # a client's mistake must not be the engine's end
+            LOG.error(
+                "a request's instructions name token %d, which the model has not: ignored", control.largest
+            )
+            return
         control.output, control.row = output, index
         if not known and output:
             control.read_back()
@@ -301,7 +314,8 @@ class ControlProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not ty
             for word in _WAITING.pop(key, ()):
                 _HEARD[key] = control
                 say(key, word)
-        control.ends = tuple(sorted(params.all_stop_token_ids.difference(control.step)))
+        ends = params.all_stop_token_ids.difference(control.step)
+        control.ends = tuple(sorted(end for end in ends if 0 <= end < self.vocabulary))
         if not control.drawn:
             control.temperature, control.top_p = params.temperature, params.top_p
             control.top_k = max(params.top_k, 0)

@@ -91,6 +91,12 @@ class Course:
         end = self.think_close
         return bool(end) and (self.output[-len(end) :] == end if self.output else self.bare)
 
+    @property
+    def largest(self) -> int:
+        """The largest id in what may be forced."""
+        texts = (self.think_close, self.close, self.lead, *self.triggers)
+        return max((max(ids) for ids in texts if ids), default=-1)
+
     def written(self) -> list[int]:
         """The output as far as it is known: where vLLM schedules ahead, it holds a place (-1) for the token under way."""
         return self.output[:-1] if self.output and self.output[-1] < 0 else list(self.output)

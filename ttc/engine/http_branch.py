@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ttc.engine.course import Course
 from ttc.engine.http_stream import BYTES_PER_TOKEN, Delta, Usage
-from ttc.types import AnswerFormat, Completion, Finish, Request
+from ttc.types import AnswerFormat, Completion, Finish, Fork, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ class HTTPBranch:
     cached_tokens: int = 0
     calls: int = 0
     accepted: int = 0
+    made: list[Fork] = field(default_factory=list)  # the calls that were accepted
     answering: bool = False
     closed_by_force: bool = False
     steered: bool = False
@@ -358,12 +359,13 @@ class HTTPBranch:
         tokens = call.tokens
         if cut:
             tokens = min(max(tokens, 1) + self.unseen, max(call.max_tokens, tokens))
+        prompt = call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
+        cached = call.usage.cached if call.usage is not None else 0
+        self.made.append(Fork(prompt, min(cached, prompt), tokens, None))
         self.generated += tokens
         self._answer_left -= tokens
-        self.prompt_tokens += (
-            call.usage.prompt if call.usage is not None and call.usage.prompt else self._prompt_now(call)
-        )
-        self.cached_tokens += call.usage.cached if call.usage is not None else 0
+        self.prompt_tokens += prompt
+        self.cached_tokens += cached
         if self._last == "stop" and call.ids and self._logprobs:
             self._logprobs.pop()  # the end-of-sequence token says nothing of the answer
 
@@ -391,6 +393,7 @@ class HTTPBranch:
             generated_tokens=self.generated - inserted,
             forced_tokens=self.forced + inserted,
             triggers=triggers,
+            calls=tuple(self.made) if len(self.made) > 1 else (),
             cached_tokens=self.cached_tokens,
             token_ids=tuple(self.ids) if self.ids_known else (),
             closed=self.closed_by_force,

@@ -12,7 +12,7 @@ from typing import Any
 from ttc.engine.course import FAR, STEERING, check_fits, check_words
 from ttc.engine.model import ModelFiles
 from ttc.errors import InputError
-from ttc.types import Control, Problem
+from ttc.types import Control, Messages, Problem
 
 MOST_PROMPTS = 4096
 """Prompts that are remembered."""
@@ -34,25 +34,26 @@ class Spelling:
         # transformers' own decode does what the fast one does, and is several times as long about it
         self._decode: Any = getattr(fast, "decode", tokenizer.decode)
         self._pieces: list[bytes] = _pieces(fast)
-        self._prompts: dict[tuple[str, float | None, str], list[int]] = {}
+        self._prompts: dict[tuple[str, float | None], tuple[Messages, list[int]]] = {}
         self._spans: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def prompt(self, problem: Problem, effort: float | None) -> list[int]:
-        key = (problem.id, effort, problem.text)
-        ids = self._prompts.get(key)
-        if ids is None:
-            options = {"effort": effort} if effort is not None else {}
-            ids = self.tokenizer.apply_chat_template(
+        known = self._prompts.get((problem.id, effort))
+        if known is not None and known[0] == problem.messages:
+            return known[1]
+        options = {"effort": effort} if effort is not None else {}
+        ids = list(
+            self.tokenizer.apply_chat_template(
                 [dict(m) for m in problem.messages],
                 tokenize=True, add_generation_prompt=True, return_dict=False, **options,
-            )  # fmt: skip
-            ids = list(ids)
-            if len(self._prompts) > MOST_PROMPTS:
-                self._prompts.clear()
-            self._prompts[key] = ids
+            )
+        )  # fmt: skip
+        if len(self._prompts) > MOST_PROMPTS:
+            self._prompts.clear()
+        self._prompts[problem.id, effort] = problem.messages, ids
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
