@@ -125,7 +125,8 @@ class EarlyStopping:
 class DeepConf:
     """Confidence-filtered voting (Fu et al., arXiv 2508.15260): of ``n`` branches the ``keep`` most confident share votes, each
     with its confidence. Online: ``warmup`` branches set the threshold, and drawing stops once the leader has ``consensus`` of the
-    weight. The measure is the branch's own (``signal``); the paper's sliding-window minimum needs the engine's tokens."""
+    weight. The measure is the branch's own (``signal``; where no branch has it, votes count alike); the paper's sliding-window
+    minimum needs the engine's tokens."""
 
     n: int = 64
     keep: float = 0.9
@@ -146,7 +147,9 @@ class DeepConf:
         return Traits(needs=(self.signal,))
 
     def _weights(self, branches: Sequence[Branch]) -> list[float]:
-        values = confidences(branches, self.signal)
+        values = confidences(branches, self.signal) or [0.0 if self.signal == "mean-logprob" else 1.0] * len(
+            branches
+        )
         return [exp(v) for v in values] if self.signal == "mean-logprob" else values
 
     def _floor(self, branches: Sequence[Branch], weights: Sequence[float]) -> float:
@@ -173,7 +176,7 @@ class DeepConf:
             reply = yield Generate(
                 (brief.request(problem, index, signals=(self.signal,)),), why="no consensus yet"
             )
-            (weight,) = self._weights(reply.branches)
+            *_, weight = self._weights([*branches, *reply.branches])
             for answer, share in tally(reply.branches, [weight]).items():
                 votes[answer] = votes.get(answer, 0.0) + (share if weight >= floor else 0.0)
             if reply.branches[0].finish == "denied":

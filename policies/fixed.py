@@ -61,8 +61,8 @@ class SelfConsistency:
 class WeightedVote:
     """Draw ``n`` branches; each votes with its confidence: exp(mean log-probability), the geometric-mean token probability, or
     its self-certainty (Kang et al., arXiv 2502.18581), or the reward model's score (weighted best-of-N). Scores that are added up
-    are 0 or more: a problem whose reward model gives less fails (ValueError). Where the budget can't pay for the reward model,
-    votes count alike."""
+    are 0 or more: a problem whose reward model gives less fails (ValueError). Where the budget can't pay for the reward model, or
+    no branch has the confidence, votes count alike."""
 
     n: int = 8
     weight: Literal["mean-logprob", "self-certainty", "reward"] = "self-certainty"
@@ -96,7 +96,8 @@ class WeightedVote:
 class BestOfN:
     """Draw ``n`` branches and keep the one with the best score: a confidence that needs no verifier, or the reward model's.
 
-    Where the budget can't pay for the reward model, the answer with the most votes is taken instead.
+    Where the budget can't pay for the reward model, or no branch has the confidence, the answer with the most votes is taken
+    instead.
     """
 
     n: int = 8
@@ -123,12 +124,13 @@ class BestOfN:
         top: dict[str, float] = {}
         for branch, score in zip(usable, scores, strict=True):
             vote = branch.vote or ""
-            top[vote] = max(score, top.get(vote, float("-inf")))
+            if score > float("-inf"):
+                top[vote] = max(score, top.get(vote, score))
         return Outcome(chosen.vote if chosen is not None else None, "samples", top)
 
 
 def _scores(branches: Sequence[Branch], by: str) -> Generator[Work, Reply, list[float]]:
-    """A score per branch, from its own confidence or from the reward model ([]: the budget can't pay for that)."""
+    """A score per branch, from its own confidence ([]: none has one) or from the reward model ([]: the budget can't pay for that)."""
     if by != "reward":
         return confidences(branches, by)
     reply = yield Score(tuple(branches), why="reward model")

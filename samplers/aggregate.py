@@ -47,9 +47,12 @@ def best(branches: Sequence[Branch], scores: Sequence[float], seed: int) -> Bran
 def confidences(branches: Sequence[Branch], signal: str) -> list[float]:
     """A confidence per branch: ``mean-logprob`` (nats a token, at most 0) or ``self-certainty`` (nats, at least 0).
 
-    A branch without the measure gets the lowest value: it can win only if no other has one.
+    A branch without the measure gets the lowest value, so that it never wins. []: none has it (a server that keeps its
+    log-probabilities to itself), and there is nothing to choose by.
     """
     field = {"mean-logprob": "mean_logprob", "self-certainty": "self_certainty"}[signal]
     values = [getattr(branch.completion, field) for branch in branches]
+    if all(value is None for value in values):
+        return []
     floor = float("-inf") if signal == "mean-logprob" else 0.0
     return [floor if value is None else float(value) for value in values]

@@ -73,6 +73,8 @@ def test_weighted_votes_and_best() -> None:
 
 
 def test_a_branch_without_the_measure_wins_only_alone() -> None:
+    assert confidences([branch("1"), branch("2", logprob=-9.0)], "mean-logprob") == [float("-inf"), -9.0]
+    assert confidences([branch("1"), branch("2")], "self-certainty") == []
     assert best([branch("1"), branch("2", logprob=-9.0)], [float("-inf"), -9.0], 0).vote == "2"  # type: ignore[union-attr]
     assert best([branch(None)], [1.0], 0) is None
 

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.conftest import make_problems
+from tests.driving import make_driver
 from tests.test_replay import make_pool, replay_driver
 from ttc.budget import Budget
 from ttc.costmodel.records import Pool, PooledProblem
+from ttc.engine.fake import FakeEngine, Script
+from ttc.engine.protocol import StepReport
 from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
@@ -191,6 +195,33 @@ def test_a_share_of_the_most_confident_is_of_those_that_the_budget_paid_for(mode
         routine.send(Reply(tuple(branches)))
     assert end.value.value.answer == "right"
     assert {k: v for k, v in end.value.value.votes.items() if v} == {"right": 10.0}
+
+
+class Silent(FakeEngine):
+    """Tells no confidence, as a server that keeps its log-probabilities to itself."""
+
+    def step(self) -> StepReport:
+        report = super().step()
+        bare = {"mean_logprob": None, "self_certainty": None}
+        report.finished = [(ticket, replace(done, **bare)) for ticket, done in report.finished]
+        return report
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "best-of-n?score=mean-logprob", "best-of-n?score=self-certainty", "weighted-vote?weight=mean-logprob",
+        "weighted-vote?weight=self-certainty", "deepconf?n=8", "deepconf?n=8&signal=mean-logprob",
+        "deepconf?n=8&mode=online&warmup=4",
+    ],
+)  # fmt: skip
+def test_where_no_branch_has_a_confidence_the_most_votes_win(policy: str, tmp_path: Path) -> None:
+    engine = Silent(lambda request, _: Script(5, "right" if request.index % 4 else "wrong", 1))
+    ledger = Ledger.open(tmp_path, {"model": "fake"})
+    driver = make_driver(engine, parse(policy), Budget.parse("10k tokens"), ledger=ledger)
+    results = list(driver.run(make_problems(16)))
+    ledger.close()
+    assert [result.answer for result in results] == ["right"] * 16
 
 
 @needs_pools
