@@ -130,7 +130,7 @@ class BestOfN:
 
 
 def _scores(branches: Sequence[Branch], by: str) -> Generator[Work, Reply, list[float]]:
-    """A score per branch, from its own confidence ([]: none has one) or from the reward model ([]: the budget can't pay for that)."""
+    """A score per branch, from its own confidence or from the reward model. []: none has one, or the budget can't pay for that."""
     if by != "reward":
         return confidences(branches, by)
     reply = yield Score(tuple(branches), why="reward model")
