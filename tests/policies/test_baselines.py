@@ -202,8 +202,9 @@ class Silent(FakeEngine):
 
     def step(self) -> StepReport:
         report = super().step()
-        bare = {"mean_logprob": None, "self_certainty": None}
-        report.finished = [(ticket, replace(done, **bare)) for ticket, done in report.finished]
+        report.finished = [
+            (ticket, replace(done, mean_logprob=None, self_certainty=None)) for ticket, done in report.finished
+        ]
         return report
 
 
