@@ -203,7 +203,8 @@ class Silent(FakeEngine):
     def step(self) -> StepReport:
         report = super().step()
         report.finished = [
-            (ticket, replace(done, mean_logprob=None, self_certainty=None)) for ticket, done in report.finished
+            (ticket, replace(done, mean_logprob=None, self_certainty=None))
+            for ticket, done in report.finished
         ]
         return report
 
