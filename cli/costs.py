@@ -82,10 +82,13 @@ def cost(
 
     shape = shape_of(model)
     if kv_bytes is not None:
-        if not kv_bytes > 0:
+        if not 0 < kv_bytes <= 8:
             raise InputError(f"--kv-bytes is {kv_bytes}; give bytes of an element, e.g. 2 or 1")
         shape = shape.with_kv_bytes(kv_bytes)
-    if cached_prompt_tokens > prompt_tokens:
+    for name, value in (("--kv-block", kv_block), ("--kv-method", kv_method)):
+        if value is not None and kv_budget is None:
+            raise InputError(f"{name} {value}: needs a budget; add --kv-budget TOKENS")
+    if cached_prompt_tokens > prompt_tokens >= 0:
         raise InputError(
             f"--cached-prompt-tokens {cached_prompt_tokens:g} exceeds --prompt-tokens {prompt_tokens:g}"
         )
@@ -204,7 +207,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Which model, how many samples, how long, how sparse: what a budget buys best, by measured accuracy."""
-    from ttc.budget import Budget
+    from ttc.budget import Budget, format_amount
     from ttc.costmodel.planner import cost_only
     from ttc.costmodel.planner import plan as choose
 
@@ -221,7 +224,7 @@ def plan(
     if not points and shapes:
         least = {s.name: _least(s, limit.unit, tariff, convention) for s in shapes}
         name = min(least, key=lambda s: least[s])
-        words = f"the least is {least[name]:.3g} {limit.unit} ({name})"
+        words = f"the least is {format_amount(least[name], limit.unit)} ({name})"
         raise BudgetTooSmall(f"budget {limit} buys no chain of 250 tokens; {words}", least[name])
     made = choose(
         points,

@@ -309,6 +309,10 @@ def test_free_probes_leave_only_the_probes_out() -> None:
 def test_simulate_refuses_what_it_cannot_replay(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         simulate(tmp_path / "absent.json", "adaptive")
+    with pytest.raises(InputError, match="a pool tells tokens, not seconds"):
+        simulate(tmp_path / "absent.json", "adaptive", budget="5 s")
+    with pytest.raises(InputError, match="use 'problem' or 'run'"):
+        simulate(tmp_path / "absent.json", "adaptive", scope="galaxy")
     with pytest.raises(InputError, match="self-certainty"):
         replay(make_pool(), parse("deepconf"))
 
