@@ -140,7 +140,9 @@ def simulate(
     chosen = parse(policy)
     amount = Budget.parse(budget if budget is not None else "1e15 tokens", scope)
     if amount.unit != "tokens":
-        raise InputError(f"budget: {budget!r}; a pool tells tokens, not {amount.unit}; write it as '20k tokens'")
+        raise InputError(
+            f"budget: {budget!r}; a pool tells tokens, not {amount.unit}; write it as '20k tokens'"
+        )
     for name in ("shuffles", "max_branches"):
         if options.get(name, 1) < 1:
             raise InputError(f"{name.replace('_', '-')}: {options[name]} is not 1 or more")
