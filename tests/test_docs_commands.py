@@ -10,6 +10,8 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -240,6 +242,20 @@ def test_documented_options_and_policies_exist() -> None:
             )
     assert not unknown
     assert specs > 30
+
+
+def test_documented_names_of_python_exist() -> None:
+    """What pages use as ``ttc.name`` is there after ``import ttc`` and nothing else."""
+    names = set()
+    for file in PAGES:
+        text = file.read_text()
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            names |= set(re.findall(r"\bttc(?:\.\w+)+(?=\()", block))
+        names |= set(re.findall(r"`(ttc(?:\.\w+)+)\(", text))
+    assert {"ttc.solve", "ttc.problems.load", "ttc.nano.reward"} <= names
+    probe = "import sys, operator, ttc; [operator.attrgetter(name[4:])(ttc) for name in sys.argv[1:]]"
+    done = subprocess.run([sys.executable, "-c", probe, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_command_is_seen() -> None:

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttc import costmodel, policies, samplers
+    from ttc import costmodel, errors, nano, policies, problems, samplers, types
     from ttc.api import Run, Settings, arun, asolve, open_engine, run, solve
     from ttc.budget import Budget
     from ttc.errors import BudgetTooSmall, EngineError, InputError, TTCError, VerifierError
@@ -24,7 +24,7 @@ _HOMES = {
     "VerifierError": "ttc.errors", "arun": "ttc.api", "asolve": "ttc.api", "open_engine": "ttc.api", "run": "ttc.api",
     "solve": "ttc.api",
 }  # fmt: skip
-_ROOMS = ("costmodel", "policies", "samplers")
+_ROOMS = ("costmodel", "errors", "nano", "policies", "problems", "samplers", "types")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,5 +38,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Budget", "BudgetTooSmall", "EngineError", "InputError", "Problem", "Result", "Run", "Settings", "TTCError",
-    "VerifierError", "__version__", "arun", "asolve", "costmodel", "open_engine", "policies", "run", "samplers", "solve",
+    "VerifierError", "__version__", "arun", "asolve", "costmodel", "errors", "nano", "open_engine", "policies", "problems",
+    "run", "samplers", "solve", "types",
 ]  # fmt: skip
