@@ -25,8 +25,11 @@ sandbox.START_LIMIT_S = http_stream.CONNECT_S = openai.CLOSE_S = LIMIT_S
 (openai.OpenAIEngine.__init__.__kwdefaults__ or {})["timeout_s"] = LIMIT_S
 vars(jury).update(LIMIT_S=60.0, VOTE_LIMIT_S=60.0)  # a model may write what takes for ever to judge
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("new examples", settings.get_profile("any machine"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "any machine"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

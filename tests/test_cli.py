@@ -314,23 +314,25 @@ class Struck:
 
 ARRIVED: list[Branch] = []
 STRIKES = [
-    "--task", TASK, "--n", "60", "--policy", "tests.test_cli:Struck", "--budget", "4k tokens", "--concurrency", "8",
+    "--task", TASK, "--n", "12", "--policy", "tests.test_cli:Struck", "--budget", "4k tokens", "--concurrency", "8",
 ]  # fmt: skip
 
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tmp_path: Path) -> None:
+def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(
+    here: Here, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     command = ["solve", *STRIKES, "--json", "--out", str(out)]
-    killed = ttc(*command, STRUCK_BY="SIGKILL", STRUCK_AT="60")
+    killed = ttc(*command, STRUCK_BY="SIGKILL", STRUCK_AT="30")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     branches = out / "branches.jsonl"
     whole = [json.loads(line) for line in branches.read_text().splitlines()]
     finished = {(r["problem"], r["index"]) for r in whole}
-    assert len(whole) == len(finished) == 60, "what has ended is on disk"
+    assert len(whole) == len(finished) == 30, "what has ended is on disk"
 
-    done = ttc(*command)
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
@@ -341,25 +343,25 @@ def test_kill_9_then_the_same_command_loses_nothing_and_samples_nothing_twice(tm
     assert summary["spent"]["tokens"] == sum(spent), "and its tokens are counted"
     assert not (out / "running.json").exists()
     keys = [(r["problem"], r["index"]) for r in rows if not r.get("interrupted")]
-    assert len(keys) == len(set(keys)) == 360, "each branch sampled once, none lost"
-    assert rows[:60] == whole, "what was there is untouched"
-    assert summary["problems"] == summary["answered"] == 60
+    assert len(keys) == len(set(keys)) == 72, "each branch sampled once, none lost"
+    assert rows[:30] == whole, "what was there is untouched"
+    assert summary["problems"] == summary["answered"] == 12
     results = [json.loads(line)["problem"] for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len(results) == len(set(results)) == 60
+    assert len(results) == len(set(results)) == 12
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_resume_and_exits_3(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = ttc("solve", *STRIKES, "--out", str(out), STRUCK_BY="SIGINT", STRUCK_AT="30")
+    done = ttc("solve", *STRIKES, "--out", str(out), STRUCK_BY="SIGINT", STRUCK_AT="20")
     assert done.returncode == 3, done.stderr
-    assert "of 60 answered" in done.stdout
+    assert "of 12 answered" in done.stdout
     assert "the same command resumes" in done.stderr
     assert f"to go on: {shlex.join(['ttc', 'solve', *STRIKES, '--out', str(out)])}\n" in done.stderr
     assert "Traceback" not in done.stderr
     rows = [json.loads(line) for line in (out / "branches.jsonl").read_text().splitlines()]
-    assert 30 < len(rows) < 60, "those that had ended, and those that ran, cut"
+    assert 20 < len(rows) < 50, "those that had ended, and those that ran, cut"
 
 
 def test_a_served_nano_model_is_priced_by_its_name() -> None:

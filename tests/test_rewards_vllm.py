@@ -28,6 +28,7 @@ TEXTS = ["12 + 7 = 19;", "12 + 7 = 20;", "12 + 7 = 19;19 + 3 = 22;So 22.</think>
 BF16 = 0.02
 TOKENWISE = ["--pooler-config", '{"task": "token_classify"}']
 ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else two processes a server
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",

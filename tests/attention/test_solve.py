@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,26 @@ from ttc.types import Request, Result, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 SUM = "State the final answer to the following arithmetic problem: " + " + ".join(["37"] * 12) + " ="
+
+
+Opening = Callable[[dict[str, object]], VLLMEngine]
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Opening]:
+    """An engine with these options of the plugin's, the same to all who ask for them."""
+    engines: dict[str, VLLMEngine] = {}
+
+    def open_with(options: dict[str, object]) -> VLLMEngine:
+        key = repr(sorted(options.items()))
+        if key not in engines:
+            told = {"additional_config": {"ttc_sparse": options}}
+            engines[key] = VLLMEngine("nano-s", concurrency=16, kv_page=32, engine_args=told)
+        return engines[key]
+
+    yield open_with
+    for each in engines.values():
+        each.close()
 
 
 @pytest.fixture(scope="module")
@@ -90,23 +110,23 @@ def test_bad_input_is_named(engine: VLLMEngine) -> None:
         VLLMEngine("nano-s", kv_when="often")
 
 
-def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(engine: VLLMEngine) -> None:
+def test_where_choosing_takes_longer_than_it_saves_a_branch_stays_dense(
+    engine: VLLMEngine, opened: Opening
+) -> None:
     """What choosing costs is told, so that the machine decides nothing here: first all contexts, then those over 96 tokens."""
+    dense = [b.completion.text for b in solve(engine)[1].branches]
     for overhead, below in (([0.5, 1e9], 1e9), ([0.5, 32.0], 96.0)):
-        told = {"additional_config": {"ttc_sparse": {"overhead": overhead}}}
-        slow = VLLMEngine("nano-s", concurrency=16, kv_page=32, engine_args=told)
+        slow = opened({"overhead": overhead})
         told_below, part = slow.sparse(KvSetting(64)) or (0, 0)
         assert told_below == pytest.approx(below, rel=0.05)
         assert part == 1
         run, result = solve(slow, kv_budget=64)
         said = [b.completion.text for b in result.branches]
-        dense = [b.completion.text for b in solve(engine)[1].branches]
         skipped = [b.completion.kv_skipped for b in result.branches]
         assert (said == dense) == (skipped == [0.0] * len(skipped)) == (below > 96)
         assert [("reads everything" in n or "stays dense" in n) for n in run.notices] == (
             [True] if below > 96 else []
         )
-        slow.close()
 
 
 def test_a_window_stays_dense_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,13 +149,10 @@ def test_a_window_stays_dense_with_one_warning(tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize(
     "options", [{"when": "cheaper"}, {"overhead": [0.5, 1e9]}, {"overhead": [1, 0], "dense_layers": 2}]
 )
-def test_eflops_stay_under_the_budget(options: dict[str, object]) -> None:
+def test_eflops_stay_under_the_budget(options: dict[str, object], opened: Opening) -> None:
     """Also where branches, or some layers, stay dense; and no piece is let begin that could exceed it."""
-    opened = VLLMEngine(
-        "nano-s", concurrency=16, kv_page=32, engine_args={"additional_config": {"ttc_sparse": options}}
-    )
     for method in ("quest", "streaming"):
-        run, result = solve(opened, kv_budget=64, kv_method=method, budget="2e11 eflops")
+        run, result = solve(opened(options), kv_budget=64, kv_method=method, budget="2e11 eflops")
         assert run.summary()["overrun"] == 0
         for branch in result.branches:
             made = branch.completion
@@ -145,7 +162,6 @@ def test_eflops_stay_under_the_budget(options: dict[str, object]) -> None:
             )  # fmt: skip
             assert branch.charge.eflops <= alone * (1 + 1e-9)
             assert branch.charge.eflops > 0.9 * alone
-    opened.close()
 
 
 def asked(run: Run, method: str) -> Request:

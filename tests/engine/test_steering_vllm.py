@@ -188,7 +188,30 @@ def test_the_controllers_word_reaches_a_running_thought_at_its_next_step(engine:
     assert dict(engine.step().finished)
 
 
-# -- in processes of their own -----------------------------------------------------------------------------------------------------
+def test_preempted_branches_execute_their_instructions_once() -> None:
+    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again, in chunks beside others that
+    decode."""
+    args = {"num_gpu_blocks_override": 10, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    engine, rng = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args=args), random.Random(1)
+    try:
+        asked = [
+            request(p, i, 400, control=Control(
+                TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 390), 5))), at_end=i % 3 and 2, min_thinking=200 * (i % 4 == 1)
+            ))
+            for i, p in enumerate(sums(12, terms=24, seed=35))
+        ]  # fmt: skip
+        assert all(engine.count_prompt(one.problem) > 64 for one in asked), "a prefill is cut"
+        done = finish(engine, asked)
+        for ticket, completion in done.items():
+            check(engine, asked[ticket - 1], completion)
+        assert engine._stats.preemptions > 0, "the pool was not small enough to test anything"
+        assert sum(c.triggers for c in done.values()) > 12
+        assert sum(c.output_tokens for c in done.values()) == engine.counters().output_tokens
+    finally:
+        engine.close()
+
+
+# -- in a process of its own -------------------------------------------------------------------------------------------------------
 ROOT = Path(__file__).parents[2]
 
 
@@ -202,45 +225,6 @@ def run_script(folder: Path, script: str, **environment: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-PREEMPTED = """
-import json, random
-from tests.engine.test_steering_vllm import MODEL, TRIGGERS, check
-from tests.engine.test_vllm import finish, request, sums
-from ttc.engine.vllm import VLLMEngine
-from ttc.types import Control
-
-if __name__ == "__main__":
-    args = {"num_gpu_blocks_override": 14, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
-    engine = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args=args)
-    rng = random.Random(1)
-    asked = [
-        request(p, i, 700, control=Control(
-            TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 690), 6))), at_end=i % 3 and 2, min_thinking=300 * (i % 4 == 1)
-        ))
-        for i, p in enumerate(sums(24, terms=24, seed=35))
-    ]
-    for one in asked:
-        assert engine.count_prompt(one.problem) > 64, "a prefill is cut"
-    done = finish(engine, asked)
-    for ticket, completion in done.items():
-        check(engine, asked[ticket - 1], completion)
-    print(json.dumps({
-        "preempted": engine._stats.preemptions, "triggers": sum(c.triggers for c in done.values()),
-        "tokens": sum(c.output_tokens for c in done.values()), "counted": engine.counters().output_tokens,
-    }))
-    engine.close()
-"""
-
-
-def test_preempted_branches_execute_their_instructions_once(tmp_path: Path) -> None:
-    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again, in chunks beside others that
-    decode."""
-    report = run_script(tmp_path, PREEMPTED)
-    assert report["preempted"] > 0, "the pool was not small enough to test anything"
-    assert report["triggers"] > 24
-    assert report["tokens"] == report["counted"]
 
 
 WORKERS = """
@@ -258,16 +242,22 @@ if __name__ == "__main__":
                 probe_every=20 if i % 3 == 0 else 0)
         for i, p in enumerate(sums(24, terms=6, seed=36))
     ]
-    asked += [request(p, 8, 600, probe_every=60) for p in sums(4, terms=48, seed=39)]
     done = finish(engine, asked)
     for ticket, completion in done.items():
         check(engine, asked[ticket - 1], completion)
-    spent = sum(c.output_tokens + c.probe_tokens for c in done.values())
-    told = told_as_they_run(engine, [request(p, 9, 800) for p in sums(16, terms=64, seed=34)], 9, TRIGGERS[0])
-    heard = check_told(engine, told, 9, TRIGGERS[0], cap=800, lag=800)
-    spent += sum(c.output_tokens for c in told.values())
+    spent, forks, heard = sum(c.output_tokens + c.probe_tokens for c in done.values()), 0, 0
+    for _ in range(20):
+        probed = finish(engine, [request(p, 8, 240, probe_every=60) for p in sums(4, terms=48, seed=39)])
+        spent += sum(c.output_tokens + c.probe_tokens for c in probed.values())
+        if forks := sum(len(c.forks) for c in probed.values()):
+            break
+    for _ in range(20):
+        told = told_as_they_run(engine, [request(p, 9, 300) for p in sums(8, terms=64, seed=34)], 9, TRIGGERS[0])
+        spent += sum(c.output_tokens for c in told.values())
+        if heard := check_told(engine, told, 9, TRIGGERS[0], cap=300, lag=300):
+            break
     print(json.dumps({
-        "heard": heard, "triggers": sum(c.triggers for c in done.values()), "forks": sum(len(c.forks) for c in done.values()),
+        "forks": forks, "heard": heard, "triggers": sum(c.triggers for c in done.values()),
         "unseen": engine.counters().output_tokens - spent, "most": engine._forks.made * engine.info.probe_tokens,
     }))
     engine.close()
@@ -275,8 +265,8 @@ if __name__ == "__main__":
 
 
 def test_worker_processes_execute_the_same_instructions(tmp_path: Path) -> None:
-    """When a word comes to them, and how much of a fork is seen before it is cancelled, is up to the machine: thoughts are so long
-    that it may take hundreds of tokens."""
+    """When a word comes to them, and how much of a fork is seen before it is cancelled, is up to the machine: branches run until
+    a fork has written something, and a word has come before the end of a thought."""
     report = run_script(tmp_path, WORKERS, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert report["triggers"] > 20
     assert report["forks"] > 0
