@@ -16,12 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.waiting import LIMIT_S
 from ttc import judge as jury
+from ttc import problems as drawing
 from ttc import sandbox
 from ttc.engine import http_stream, openai
 from ttc.types import Problem, Verdict
 
 # What ttc waits for by the clock is waited for longer here: a machine that stands still for seconds fails no test.
-sandbox.START_LIMIT_S = http_stream.CONNECT_S = openai.CLOSE_S = LIMIT_S
+sandbox.START_LIMIT_S = drawing.DRAW_LIMIT_S = http_stream.CONNECT_S = openai.CLOSE_S = LIMIT_S
 (openai.OpenAIEngine.__init__.__kwdefaults__ or {})["timeout_s"] = LIMIT_S
 vars(jury).update(LIMIT_S=60.0, VOTE_LIMIT_S=60.0)  # a model may write what takes for ever to judge
 
