@@ -188,27 +188,31 @@ def test_the_controllers_word_reaches_a_running_thought_at_its_next_step(engine:
     assert dict(engine.step().finished)
 
 
-def test_preempted_branches_execute_their_instructions_once() -> None:
-    """A pool of KV blocks far too small for the batch: branches are thrown out and computed again, in chunks beside others that
-    decode."""
+@pytest.fixture(scope="module")
+def small() -> Iterator[VLLMEngine]:
+    """A pool of KV blocks far too small for its batch. (Open to the end: an engine that is collected takes the others along.)"""
     args = {"num_gpu_blocks_override": 10, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
-    engine, rng = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args=args), random.Random(1)
-    try:
-        asked = [
-            request(p, i, 400, control=Control(
-                TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 390), 5))), at_end=i % 3 and 2, min_thinking=200 * (i % 4 == 1)
-            ))
-            for i, p in enumerate(sums(12, terms=24, seed=35))
-        ]  # fmt: skip
-        assert all(engine.count_prompt(one.problem) > 64 for one in asked), "a prefill is cut"
-        done = finish(engine, asked)
-        for ticket, completion in done.items():
-            check(engine, asked[ticket - 1], completion)
-        assert engine._stats.preemptions > 0, "the pool was not small enough to test anything"
-        assert sum(c.triggers for c in done.values()) > 12
-        assert sum(c.output_tokens for c in done.values()) == engine.counters().output_tokens
-    finally:
-        engine.close()
+    opened = VLLMEngine(MODEL, concurrency=12, context=1024, engine_args=args)
+    yield opened
+    opened.close()
+
+
+def test_preempted_branches_execute_their_instructions_once(small: VLLMEngine) -> None:
+    """Branches are thrown out and computed again, in chunks beside others that decode."""
+    rng = random.Random(1)
+    asked = [
+        request(p, i, 400, control=Control(
+            TRIGGERS[:2], tuple(sorted(rng.sample(range(5, 390), 5))), at_end=i % 3 and 2, min_thinking=200 * (i % 4 == 1)
+        ))
+        for i, p in enumerate(sums(12, terms=24, seed=35))
+    ]  # fmt: skip
+    assert all(small.count_prompt(one.problem) > 64 for one in asked), "a prefill is cut"
+    done = finish(small, asked)
+    for ticket, completion in done.items():
+        check(small, asked[ticket - 1], completion)
+    assert small._stats.preemptions > 0, "the pool was not small enough to test anything"
+    assert sum(c.triggers for c in done.values()) > 12
+    assert sum(c.output_tokens for c in done.values()) == small.counters().output_tokens
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------------------
