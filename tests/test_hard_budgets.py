@@ -4,8 +4,7 @@ never disagrees with the engine."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import EarlyStop, jobs_of, make_driver, total
+from tests.driving import ANY_POLICY, EarlyStop, Reads, jobs_of, make_driver, policy_of, total
 from ttc.budget import Budget, Scope, Unit
-from ttc.costmodel import ModelShape
 from ttc.engine.fake import FakeEngine, Script, random_writer
 from ttc.errors import BudgetTooSmall
 from ttc.policies import parse
 from ttc.pricing import spent_in
-from ttc.samplers import leader, tally
-from ttc.types import Branch, Brief, Outcome, Probing, Problem, Routine, Steer
 
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -79,64 +75,6 @@ def test_never_over_budget_and_ledger_equals_engine(
             assert all(r.answer for r in results), "a hard budget is no excuse for an empty answer"
 
 
-@dataclass(frozen=True, slots=True)
-class Odd:
-    """Requests that differ from the run's own: each its effort, its problem's words, a text (of any alphabet) to go on from; and
-    anytime answers that are asked for anew while it runs."""
-
-    n: int = 3
-    name = "odd"
-
-    def run(self, problem: Problem, brief: Brief) -> Routine:
-        longer = replace(problem, meta={"prompt_tokens": int(problem.meta["prompt_tokens"]) + 7})
-        texts = ("", "was it 7?", "\U0001f914\U0001f914 数")
-        requests = tuple(
-            brief.request(
-                (problem, longer)[i % 2],
-                i,
-                effort=(None, 0.25, 1.0)[i % 3],
-                prefix=texts[i % 3],
-                probe_every=4,
-            )
-            for i in range(self.n)
-        )
-        reply, told = (yield Steer(requests)), 0
-        seen: list[Branch] = []
-        while reply.running:
-            seen += reply.branches
-            told += bool(reply.probes)
-            probe = tuple(Probing(p.branch, 0, 3 + told) for p in reply.probes)
-            reply = yield Steer(probe=probe if told < 4 else ())
-        votes = tally([*seen, *reply.branches])
-        return Outcome(leader(votes, brief.seed, problem.id), "samples", votes)
-
-
-class Reads:
-    """A process reward model that reads what it is given, a token for three letters."""
-
-    def __init__(self, shape: ModelShape | None) -> None:
-        self.shape = shape
-
-    def tokens(self, problem: Problem, texts: Sequence[str]) -> int:
-        return sum(length for length, _ in self.reads(problem, texts))
-
-    def reads(self, problem: Problem, texts: Sequence[str]) -> list[tuple[int, int]]:
-        return [(len(text) // 3 + 1, 0) for text in texts]
-
-    def score(self, problem: Problem, texts: Sequence[str]) -> list[float]:
-        return [len(text) % 10 / 10 for text in texts]
-
-
-ANY_POLICY = (
-    "plain?effort=0.25&n=3", "plain?effort=1&n=2&cap=30", "plain?least=9&total=40&n=3", "effort?n=4", "effort?levels=0.125|0.5",
-    "greedy", "weighted-vote?n=3&weight=reward", "best-of-n?n=3&score=reward", "budget-forcing?extend=3&n=2&trigger=Wait a bit",
-    "iterative-deepening?first=5&n=2&reopen=1&select=reward", "iterative-deepening?first=3&growth=1&incremental=1",
-    "beam?n=4&width=2&tokens=7", "dvts?n=4&width=2&tokens=9", "particles?n=3&tokens=5", "particles?n=1&tokens=1&most=30",
-    "parallel-probe?n=3&every=1", "parallel-probe?n=2&every=7&stable=2", "adaptive?probe_every=5&width=2",
-    "adaptive?probe_every=3&over=iterative-deepening%3Ffirst=6", "odd",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("unit", ["tokens", "eflops", "dollars"])
 @pytest.mark.parametrize("text", ANY_POLICY)
 def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
@@ -148,7 +86,7 @@ def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
             random_writer(mean_thinking=rng.uniform(1, 90), p_fail=p_fail, flaky=True), concurrency=rng.randint(1, 6),
             steerable=rng.random() < 0.7, probes=rng.random() < 0.7 or text == "odd", effort_tokens=rng.randint(0, 3),
         )  # fmt: skip
-        policy = Odd() if text == "odd" else parse(text)
+        policy = policy_of(text)
         problems = make_problems(3, (20, 31))
         scope: Scope = rng.choice(["problem", "run"])
         more: dict[str, Any] = {

@@ -270,8 +270,9 @@ class Driver:
             for slot, request in job.pending
             if (known := self.books.ledger.branch(job.problem.id, request)) is not None
         ]
+        known_slots = {slot for _, slot, _ in recorded}
+        job.pending = deque((s, r) for s, r in job.pending if s not in known_slots)
         for _, slot, branch in sorted(recorded, key=lambda item: item[:2]):
-            job.pending = deque((s, r) for s, r in job.pending if s != slot)
             self._note(job, slot, branch, work.requests[slot])
             reply = self._consider(job)
             if reply is not None:

@@ -14,7 +14,7 @@ from ttc.cashier import LEASE, Cashier, asks
 from ttc.engine.protocol import Engine, InsertingEngine, ProbingEngine, Progress
 from ttc.jobs import Flight, Job, Judge
 from ttc.pricing import spent_in
-from ttc.types import Branch, Charge, Completion, Request
+from ttc.types import Branch, Charge, Completion, Fork, Request
 
 _TICKETS = count(1)
 """Tickets are of all drivers: a late word on a branch of one run means nothing to the next run on the same engine."""
@@ -152,10 +152,17 @@ class Flights:
         )  # fmt: skip
 
     def so_far(self, ticket: int, why: str) -> Branch:
-        """A running branch as it is now, cut for that reason, at its price."""
-        flight = self.aloft[ticket]
+        """A running branch as it was last seen, cut for that reason, at its price; an anytime answer at the most that one costs."""
+        flight, info = self.aloft[ticket], self.engine.info
         prompt = self.cashier.prompt(flight.job, flight.request) if flight.tokens else 0
-        cut = Completion("", "abort", prompt, flight.tokens, weight_reads=flight.reads, error=why)
+        each, behind = info.probe_tokens or 0, [prompt + probe.tokens for probe in flight.probes]
+        forks: tuple[Fork, ...] = ()
+        if (again := info.probe_prefill) is not None:
+            forks = tuple(Fork(begun, max(begun - again, 0), each, float(each)) for begun in behind)
+        cut = Completion(
+            "", "abort", prompt, flight.tokens, weight_reads=flight.reads, error=why,
+            forks=forks, probe_tokens=each * len(behind),
+        )  # fmt: skip
         return self.branch(flight, cut, self._price(flight, cut))
 
     def _price(self, flight: Flight, completion: Completion) -> Charge:
