@@ -30,8 +30,8 @@ SESSIONS = 4
 
 
 class Strikes(FakeEngine):
-    """Copies the run directory at its ``at``-th moment (before and after each of its verbs), as a process that is killed there leaves
-    it; the run itself is then of no interest."""
+    """Copies the run directory at its ``at``-th moment (before and after each of its verbs), as a process that is killed there
+    leaves it; the run itself is then of no interest."""
 
     def __init__(self, at: int, source: Path, copy: Path, **options: Any) -> None:
         super().__init__(**options)
@@ -89,7 +89,8 @@ def test_a_run_that_is_killed_again_and_again(
     room = rng.randint(1, 6)
     plain = FakeEngine(concurrency=room, **engines)
     more: dict[str, Any] = {
-        "stall_seconds": 0.6, "cap": rng.randint(2, 90), "effort": rng.choice([None, 0.5, 0.125]), "reward": Reads(plain.info.shape),
+        "stall_seconds": 0.6, "cap": rng.randint(2, 90), "effort": rng.choice([None, 0.5, 0.125]),
+        "reward": Reads(plain.info.shape),
     }  # fmt: skip
     with pytest.raises(BudgetTooSmall) as caught:
         jobs_of(make_driver(plain, policy_of(text), Budget(1e-30, unit, scope), **more), problems)
