@@ -1,9 +1,10 @@
 """A scripted OpenAI-compatible server in a thread of the test: pure asyncio, one character a token.
 
 As vLLM (``exact=True``) it has /tokenize, /detokenize, /v1/completions on token ids, and reports usage in every event; otherwise it
-knows chat completions only. With ``plugin`` it says that it has ttc's (what it then does is the model's). A test gives a function
-from ``Call`` to ``Script``: what the model writes, and what goes wrong. The server keeps its own books: tokens sampled, prompts
-accepted, calls open at once, calls that the client hung up on. Nothing in it takes a time: what comes late waits for a condition.
+knows chat completions only. With ``plugin`` it says that it has ttc's (what it then does is the model's), with ``speculates`` that
+it decodes speculatively. A test gives a function from ``Call`` to ``Script``: what the model writes, and what goes wrong. The server
+keeps its own books: tokens sampled, prompts accepted, calls open at once, calls that the client hung up on. Nothing in it takes a
+time: what comes late waits for a condition.
 """
 
 from __future__ import annotations
@@ -92,9 +93,10 @@ class MockServer:
         name: str = "mock",
         context: int | None = 4096,
         plugin: bool = False,
+        speculates: bool = False,
         port: int = 0,
     ) -> None:
-        self.plugin, self.port = plugin, port
+        self.plugin, self.speculates, self.port = plugin, speculates, port
         self.model, self.exact, self.opens, self.name, self.context = model, exact, opens, name, context
         self.sampled = self.prompted = self.peak = self.hung_up = self.accepted = 0
         self.calls: list[Call] = []
@@ -185,6 +187,8 @@ class MockServer:
                 "max_model_len": self.context,
             }
             return 200, {"data": [entry]}
+        if self.speculates and path == "/metrics":
+            return 200, 'vllm:spec_decode_num_drafts_total{engine="0"} 0.0'
         if self.exact and path == "/version":
             return 200, {"version": "9.9.9"}
         if self.exact and path == "/tokenize":

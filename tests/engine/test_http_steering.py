@@ -162,6 +162,22 @@ def test_a_capped_call_that_breaks_goes_on_without_the_plugin() -> None:
     assert done.prompt_tokens == server.prompted
 
 
+def test_a_server_that_decodes_speculatively_is_capped_from_here() -> None:
+    """vLLM checks a request's instructions there, and then loads no processor that would execute them."""
+
+    def free(call: Call) -> Script:
+        return Script("42") if CLOSE in call.prompt.rpartition("<")[2] else Script("t", endless=True)
+
+    with MockServer(free, opens="<", plugin=True, speculates=True) as server:
+        engine = OpenAIEngine(server.url, format=FORM, stream_interval=1)
+        try:
+            [done] = run(engine, [Request(make_problems(1)[0], 0, 0, 12)])
+        finally:
+            engine.close()
+    assert done.text == "t" * 12 + CLOSE + "42"
+    assert not any("vllm_xargs" in call.body for call in server.calls)
+
+
 @pytest.mark.parametrize("opens", ["", "<"])
 def test_a_thought_that_the_template_does_not_open_is_left_to_the_model(opens: str) -> None:
     """An instruct model that answers at once would be taken for one that stops inside its thought."""

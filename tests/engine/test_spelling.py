@@ -63,6 +63,16 @@ def test_an_id_beyond_the_tokenizer_is_left_to_it() -> None:
     assert _spelling(fast).text(ids) == fast.decode(ids, skip_special_tokens=False)
 
 
+def test_any_mark_of_the_end_is_no_text() -> None:
+    """Llama 3 and Qwen 3 have marks beside their tokenizer's own, at which vLLM ends a text, too."""
+    wrapped = _spelling(_fused()).tokenizer
+    wrapped.eos_token_id = 1
+    spelling = Spelling(wrapped, load_model_files("nano-xs"), ends=[7, 8])
+    for mark in (1, 7, 8):
+        assert spelling.text([5, 7, 6, mark]) == spelling.text([5, 7, 6])
+    assert spelling.text([5, 7, 6, 9]) != spelling.text([5, 7, 6])
+
+
 def test_decoders_that_do_more_are_asked() -> None:
     """WordPiece joins words by rules of its own, and a tokenizer that cleans up changes the text afterwards."""
     fast = _bytes()

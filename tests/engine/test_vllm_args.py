@@ -39,6 +39,10 @@ def test_values_are_read_as_on_vllms_command_line() -> None:
         ("additional_config={", "additional_config can't be '{'"),
         ("max_model_len=100", "max_model_len can't be set here; use --context"),
         ("disable_log_stats=true", "disable_log_stats can't be set here; ttc needs its own value"),
+        (
+            'speculative_config={"method": "ngram"}',
+            "speculative_config can't be set here; with speculative decoding",
+        ),
     ],
 )
 def test_what_vllm_would_refuse_is_said_in_one_line(given: str, words: str) -> None:

@@ -171,7 +171,20 @@ class Server:
                     if not self.steers and failure.status not in (400, 422):
                         self.steers = None
                         raise
+                if self.steers and await self._speculates():
+                    self.steers = False
+                    self.say_once(
+                        "it decodes speculatively, for which vLLM loads no logits processor: chains are capped and steered by calls"
+                        " of their own"
+                    )
             return self.steers
+
+    async def _speculates(self) -> bool:
+        """True if vLLM decodes speculatively there: it then checks our instructions all the same, and executes none."""
+        try:
+            return "vllm:spec_decode" in (await self.wire.ask("GET", "/metrics"))[2]
+        except CallFailed:
+            return False
 
     async def learn_kv(self) -> tuple[int | None, str]:
         """The tokens of the server's KV page where requests can set a KV budget (else None, and why not). Asked as ``learn_plugin``

@@ -86,8 +86,10 @@ class VLLMEngine:
             self._vllm, self.files, self._stats, concurrency=concurrency, context=context, dtype=dtype,
             extra=told | own | _merged("additional_config", told, own),
         )  # fmt: skip
-        self.spelling = Spelling(self._llm.get_tokenizer(), self.files)
         config = self._llm.model_config
+        marks = config.try_get_generation_config().get("eos_token_id") or ()  # where vLLM ends a text, too
+        ends = (marks,) if isinstance(marks, int) else marks
+        self.spelling = Spelling(self._llm.get_tokenizer(), self.files, ends)
         # With worker processes (tensor parallel) the processor lives elsewhere: words reach it a step or two late (vllm_words).
         self._in_process = isinstance(
             self._llm.engine_core, self._vllm.v1.engine.core_client.InprocClient
@@ -334,6 +336,11 @@ class VLLMEngine:
                 continue  # a fork whose branch has just ended
             running = self._running[ticket]
             written = running.control.output if self._in_turn else output.outputs[0].token_ids
+            if not written and output.outputs[0].token_ids:
+                raise EngineError(
+                    "it does not call ttc's logits processor, so no budget can be kept; see 'ttc doctor', and use no model that"
+                    " brings speculative decoding"
+                )
             running.ids, running.cached = list(written), output.num_cached_tokens or 0
             if running.parent:
                 report.probes.append(self._forks.answered(ticket))

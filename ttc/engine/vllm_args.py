@@ -26,6 +26,9 @@ OURS = {
 }
 """What ``--engine-arg`` does not set: the option that does, or None where ttc works with one value only."""
 
+SPECULATES = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""Arguments of speculative decoding, with which vLLM loads no logits processor, so that nothing is capped, forced or counted."""
+
 UNSHAPING = frozenset(
     {
         "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "load_format", "download_dir",
@@ -64,6 +67,11 @@ def check_engine_args(given: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(
                 f"engine-arg: vLLM's EngineArgs has no {name!r}{hint} ('vllm serve --help' lists them)"
+            )
+        if name in SPECULATES and given[name] is not None:
+            raise InputError(
+                f"engine-arg: {name} can't be set here; with speculative decoding vLLM loads no logits processor, and no budget"
+                " could be kept; leave it out"
             )
     if not any(isinstance(value, str) for value in given.values()):
         return dict(given)

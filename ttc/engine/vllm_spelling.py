@@ -5,7 +5,7 @@ Owns the tokenizer of an in-process engine, and refuses what it makes nothing of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ MOST_PROMPTS = 4096
 
 class Spelling:
     """How the model of ``files`` spells. ``close``: what ends a thought by force; ``lead``: what then leads to the answer; ``end``:
-    the delimiter alone ([]: it has none); ``room``: tokens that closing and answering take."""
+    the delimiter alone ([]: it has none); ``room``: tokens that closing and answering take. ``ends`` are the model's marks of the
+    end of a text, beside its tokenizer's own (many have several)."""
 
-    def __init__(self, tokenizer: Any, files: ModelFiles) -> None:
+    def __init__(self, tokenizer: Any, files: ModelFiles, ends: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self._ends = {tokenizer.eos_token_id, *ends}
         self.name = files.name
         self.close = self.ids(files.format.close_text)
         self.lead = self.ids(files.format.lead_text)
@@ -58,8 +60,7 @@ class Spelling:
 
     def text(self, ids: Sequence[int]) -> str:
         """The output as text without the end-of-sequence mark; other special tokens (delimiters of thought) are kept."""
-        end = self.tokenizer.eos_token_id
-        kept = ids[:-1] if ids and ids[-1] == end else ids
+        kept = ids[:-1] if ids and ids[-1] in self._ends else ids
         try:
             return b"".join(map(self._pieces.__getitem__, kept)).decode("utf-8", "replace")
         except IndexError:  # no table, or an id that the tokenizer does not know
