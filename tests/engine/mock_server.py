@@ -2,9 +2,9 @@
 
 As vLLM (``exact=True``) it has /tokenize, /detokenize, /v1/completions on token ids, and reports usage in every event; otherwise it
 knows chat completions only. With ``plugin`` it says that it has ttc's (what it then does is the model's), with ``speculates`` that
-it decodes speculatively. A test gives a function from ``Call`` to ``Script``: what the model writes, and what goes wrong. The server
-keeps its own books: tokens sampled, prompts accepted, calls open at once, calls that the client hung up on. Nothing in it takes a
-time: what comes late waits for a condition.
+it decodes speculatively. A test gives a function from ``Call`` to ``Script``: what the model writes, and what goes wrong. The
+server keeps its own books: tokens sampled, prompts accepted, calls open at once, calls that the client hung up on. Nothing in it
+takes a time: what comes late waits for a condition.
 """
 
 from __future__ import annotations
