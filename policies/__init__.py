@@ -54,7 +54,7 @@ def parse(text: str) -> Policy:
         raise InputError(
             f"policy: unknown policy {name!r}; {hint}use one of {', '.join(POLICIES)}, or package.module:Class"
         )
-    written = parse_qsl(query, keep_blank_values=True)
+    written = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)  # a plus is a plus
     options = dict(written)
     if len(options) < len(written):
         twice = next(key for key, _ in written if [k for k, _ in written].count(key) > 1)
@@ -83,8 +83,10 @@ def describe(policy: Policy) -> str:
 
 
 def _written(value: Any) -> str:
-    """An option's value as ``parse`` reads it; a policy within a policy is quoted."""
-    return quote(describe(value)) if hasattr(value, "run") else "" if value is None else str(value)
+    """An option's value as ``parse`` reads it: a policy within a policy is quoted, and of others what would end or change them."""
+    if hasattr(value, "run"):
+        return quote(describe(value))
+    return "" if value is None else str(value).replace("%", "%25").replace("&", "%26")
 
 
 def _coerce(policy: str, key: str, value: str, default: Any) -> Any:

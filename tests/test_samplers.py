@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ttc.errors import InputError
 from ttc.policies import parse
 from ttc.samplers import best, confidences, leader, tally
-from ttc.types import Branch, Completion
+from ttc.types import Branch, Brief, Completion, Problem, Reply, Sampling
 
 
 def branch(
@@ -99,3 +99,33 @@ def test_bad_policies_are_named_with_a_mend(text: str, message: str) -> None:
 
 def test_a_policy_of_ones_own_is_found_by_its_path() -> None:
     assert parse("tests.driving:EarlyStop?n=3").name == "early-stop"
+
+
+@pytest.mark.parametrize("certain", ["mean-logprob", "self-certainty"])
+def test_where_no_confidence_is_known_votes_count_alike(certain: str) -> None:
+    """As on a server that sends no log-probabilities."""
+    problem = Problem("p", ({"role": "user", "content": "?"},))
+    for name in (
+        "best-of-n?n=5&score=",
+        "weighted-vote?n=5&weight=",
+        "deepconf?n=5&signal=",
+        "deepconf?n=5&mode=online&warmup=5&signal=",
+    ):
+        for seed in range(8):  # no tie
+            routine = parse(name + certain).run(problem, Brief(seed, 100, Sampling()))
+            next(routine)
+            with pytest.raises(StopIteration) as end:
+                routine.send(Reply(tuple(branch(vote) for vote in "abbcb")))
+            assert end.value.value.answer == "b"
+            assert dict(end.value.value.votes) == {"a": 1.0, "b": 3.0, "c": 1.0}
+
+
+def test_a_branch_whose_confidence_is_not_known_leaves_no_infinite_votes() -> None:
+    routine = parse("best-of-n?n=3&score=mean-logprob").run(
+        Problem("p", ({"role": "user", "content": "?"},)), Brief(0, 100, Sampling())
+    )
+    next(routine)
+    with pytest.raises(StopIteration) as end:
+        routine.send(Reply((branch("a"), branch("b", logprob=-9.0), branch("b"))))
+    assert end.value.value.answer == "b"
+    assert dict(end.value.value.votes) == {"b": -9.0}

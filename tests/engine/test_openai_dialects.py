@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import pytest
 from tests.engine.http_engine import request, run, serving
 from tests.engine.mock_server import Call, Model, Script
 from ttc.answers import extract
+from ttc.api import Run, Settings
 from ttc.engine.http_runner import REFUSALS
 from ttc.engine.http_server import ServedModel, Server
 from ttc.engine.http_stream import CallFailed, parse_event, refusal
-from ttc.types import AnswerFormat, Sampling
+from ttc.types import AnswerFormat, Problem, Sampling
 
 
 def event(content: Any = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
@@ -190,6 +192,24 @@ def test_a_server_that_keeps_refusing_a_turn_that_goes_on_is_not_asked_for_ever(
         (done,) = run(engine, [request(4)])
         assert done.finish == "error"
         assert len(server.calls) == 3
+
+
+@pytest.mark.parametrize("says", ["logprobs is not supported", ""])
+def test_a_server_without_log_probabilities_is_told_of_and_votes_count_alike(
+    says: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def model(call: Call) -> Script:
+        if says and {"logprobs", "top_logprobs"} & set(call.body):
+            return Script(status=400, message=says)
+        return Script("<think>2 and 2</think>4")
+
+    problems = [Problem(f"p{i}", ({"role": "user", "content": "2+2"},), "4", "exact") for i in range(2)]
+    with serving(model, exact=False, opens="") as (engine, _):
+        for policy in ("best-of-n?n=3&score=mean-logprob", "weighted-vote?n=3&weight=mean-logprob"):
+            settings = Settings(policy=policy, budget="9k tokens")
+            found = list(Run(problems, engine, settings, out=tmp_path / policy[:4]).results())
+            assert [(r.answer, r.error, dict(r.votes)) for r in found] == [("4", "", {"4": 3.0})] * 2
+    assert sum("sends no log-probabilities" in r.message for r in caplog.records) == 1
 
 
 # -- what a server says of itself --------------------------------------------------------------------------------------------

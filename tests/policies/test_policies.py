@@ -24,7 +24,7 @@ from ttc.engine.fake import FakeEngine, random_writer
 from ttc.engine.replay import ReplayEngine
 from ttc.errors import InputError
 from ttc.ledger import Ledger
-from ttc.policies import POLICIES, Adaptive, IterativeDeepening, Kinetics, describe, parse
+from ttc.policies import POLICIES, Adaptive, BudgetForcing, IterativeDeepening, Kinetics, describe, parse
 from ttc.policies.adaptive import Ballot
 from ttc.policies.planned import Situation
 from ttc.policies.posterior import Prior, fit, outlook, value_table
@@ -312,3 +312,18 @@ def test_effort_climbs_until_a_level_agrees() -> None:
             outcome = end.value
     assert asked == [0.5, 0.5, 0.75, 0.75]
     assert (outcome.answer, outcome.stop) == ("right", "confident")
+
+
+@pytest.mark.parametrize("words", ["Wait & see", "50%41 sure", "x+1", "a=b?", "Hm|So+", "#1; then", "\u00fc"])
+def test_any_words_are_read_back_as_described(words: str) -> None:
+    """run.json's line is one that can be given again."""
+    policy = BudgetForcing(trigger=words)
+    assert parse(describe(policy)) == policy
+    outer = Adaptive(over=policy, price=1e-7)
+    assert parse(describe(outer)) == outer
+
+
+def test_a_plus_is_a_plus() -> None:
+    assert parse("budget-forcing?trigger=x+1") == BudgetForcing(trigger="x+1")
+    assert parse("budget-forcing?trigger=x%2B1 %26 y") == BudgetForcing(trigger="x+1 & y")
+    assert parse("iterative-deepening?growth=1e+16") == IterativeDeepening(growth=1e16)

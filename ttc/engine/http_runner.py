@@ -191,7 +191,12 @@ class Runner:
             finish, error = "abort", ""
         if self.branch is None:
             return Completion("", finish, 0, 0, error=error)
-        return self.branch.completion(finish, error)
+        completion = self.branch.completion(finish, error)
+        if self.request.signals and finish == "stop" and completion.mean_logprob is None:
+            self.setting.server.say_once(
+                "the server sends no log-probabilities, so no branch's confidence is known"
+            )
+        return completion
 
     async def _drive(self) -> Finish:
         """Call after call until the branch is done. Raises the CallFailed that ended it."""

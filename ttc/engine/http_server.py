@@ -272,7 +272,7 @@ class Server:
             return True
         for name in OPTIONAL_FIELDS:
             if name in body and re.search(rf"\b{name}\b", words):
-                self.refused.add(name)
+                self.refused |= {name, "top_logprobs"} if name == "logprobs" else {name}
                 self.say_once(f"the server does not take {name!r}; it is left out")
                 return True
         return False
