@@ -16,6 +16,7 @@ import ttc
 from tests.conftest import make_problems
 from tests.waiting import LIMIT_S
 from ttc.api import Options, Run, Settings
+from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, Script
 from ttc.engine.protocol import StepReport
 from ttc.errors import InputError
@@ -176,6 +177,13 @@ class NoRun:
         ([*make_problems(2), *make_problems(1)], {}, "the id 'p0' is there twice"),
         ([Problem("g", ({"role": "user", "content": "6*7"},), 42)], {}, "the answer 42 of 'g' is no text; write '42'"),  # type: ignore[arg-type]
         (make_problems(1), {"budget": 2000}, "2000 has no unit"),
+        (make_problems(1), {"temperature": "hot"}, "temperature: 'hot' is no number"),
+        (make_problems(1), {"effort": "high"}, "effort: 'high' is no number"),
+        (make_problems(1), {"seed": 1.5}, "seed: 1.5 is no whole number"),
+        (make_problems(1), {"top_k": 1.5}, "top_k: 1.5 is no whole number"),
+        (make_problems(1), {"max_thinking_tokens": 2.5}, "is no whole number"),
+        (make_problems(1), {"price": {"usd": 1}}, "usd_per_m_input and usd_per_m_output"),
+        (make_problems(1), {"budget": Budget(9e4, "tokens"), "scope": "run"}, "is for each problem; say it there"),
         (make_problems(1), {"policy": NoRun()}, "NoRun has no name or no run"),
         (make_problems(1), {"policy": SelfConsistency}, "is a class; give a value of it, SelfConsistency"),
     ],

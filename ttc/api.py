@@ -22,6 +22,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
+from numbers import Integral, Real
 from typing import Any, TypedDict, Unpack
 
 from ttc.attention.settings import KvSetting
@@ -60,8 +61,13 @@ DEFAULT_BUDGET = "4k tokens"
 
 @contextmanager
 def open_engine(model: str = DEFAULT_MODEL, engine: str = "vllm", **options: Any) -> Iterator[Engine]:
-    """Open an engine, and close it at the end. ``engine`` is ``vllm`` (in process) or ``openai:URL``; ``options`` are the engine's
-    own (``concurrency``, ``engine_args`` of vLLM, …). Raises InputError or EngineError, one line each."""
+    """Open an engine, and close it at the end. ``engine`` is ``vllm`` (in process) or ``openai:URL``.
+
+    ``options`` of both: ``concurrency`` (branches in flight, 64), ``context`` (tokens of the longest sequence). Of ``vllm``:
+    ``engine_args`` (vLLM's own, as a dict), ``think_close``, ``kv_page``, ``kv_when``, ``short_pages``, ``dtype``
+    (``ttc.engine.vllm.VLLMEngine``). Of ``openai``: ``api_key``, ``shape``, ``timeout_s``, ``max_retries`` and what else
+    ``ttc.engine.openai.OpenAIEngine`` takes. Raises InputError or EngineError, one line each.
+    """
     opened = start_engine(model, engine, **options)
     try:
         yield opened
@@ -119,7 +125,12 @@ class Settings:
 
     def check(self) -> None:
         """Raise InputError for values that no run could use."""
+        self._check_kinds()
         self.resolved()
+        if isinstance(self.budget, Budget) and self.scope not in ("problem", self.budget.scope):
+            raise InputError(
+                f"scope: {self.scope!r}, but the budget is for each {self.budget.scope}; say it there: Budget(..., scope='run')"
+            )
         if self.effort is not None and not 0 < self.effort <= 1:
             raise InputError(f"effort: {self.effort:g} is not in (0, 1]; give a fraction of full effort")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
@@ -137,6 +148,20 @@ class Settings:
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise InputError(f"max-thinking: {self.max_thinking_tokens} tokens is no thought; give 1 or more")
         KvSetting.asked(self.kv_budget, self.kv_method)
+
+    def _check_kinds(self) -> None:
+        """Raise InputError for what is no number where one belongs, and for prices of nothing that is known."""
+        for name, kind, words in (
+            ("seed", Integral, "whole number"), ("top_k", Integral, "whole number"),
+            ("max_thinking_tokens", Integral, "whole number"), ("temperature", Real, "number"), ("top_p", Real, "number"),
+            ("effort", Real, "number"), ("intensity", Real, "number"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if (value is not None or name == "seed") and not isinstance(value, kind):
+                raise InputError(f"{name}: {value!r} is no {words}; give one")
+        known = ("usd_per_m_input", "usd_per_m_output")
+        if not isinstance(self.price, Mapping) or set(self.price) - set(known):
+            raise InputError(f"price: {self.price!r}; give a dict with {' and '.join(known)}")
 
 
 class Run:
