@@ -24,7 +24,7 @@ Select = Literal["weighted", "best", "vote"]
 MAX_STEPS = 1 << 16
 
 
-def _check(policy: Beam | Dvts | Particles) -> None:
+def _check(policy: _Trees | Particles) -> None:
     for field, least, most in (("n", 1, MAX_SAMPLES), ("tokens", 1, 1 << 20), ("most", 1, MAX_STEPS)):
         value = getattr(policy, field)
         if not least <= value <= most:
@@ -35,13 +35,8 @@ def _check(policy: Beam | Dvts | Particles) -> None:
         )
 
 
-def _traits(policy: Beam | Dvts | Particles) -> Traits:
+def _traits(policy: _Trees | Particles) -> Traits:
     return Traits(needs=("steps", "reward"), step=policy.step)
-
-
-def _check_width(n: int, width: int) -> None:
-    if not 2 <= width <= n or n % width:
-        raise InputError(f"policy: n={n} and width={width}; give a width of 2 or more that divides n")
 
 
 def _best(chains: Sequence[Chain]) -> list[Chain]:
@@ -76,9 +71,8 @@ def _usable(chains: Sequence[Chain]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Beam:
-    """Beam search over steps (Snell et al., arXiv 2408.03314, section 5.2): of ``n`` candidates the best n / ``width`` are kept,
-    and each is continued ``width`` times. A candidate that ends takes its place in ``n`` with it."""
+class _Trees:
+    """Searches that try ``width`` candidates for each next step."""
 
     n: int = 8
     width: int = 4
@@ -86,7 +80,6 @@ class Beam:
     tokens: int = 48
     most: int = 40
     select: Select = "weighted"
-    name = "beam"
 
     @property
     def traits(self) -> Traits:
@@ -94,7 +87,18 @@ class Beam:
 
     def __post_init__(self) -> None:
         _check(self)
-        _check_width(self.n, self.width)
+        if not 2 <= self.width <= self.n or self.n % self.width:
+            raise InputError(
+                f"policy: n={self.n} and width={self.width}; give a width of 2 or more that divides n"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Beam(_Trees):
+    """Beam search over steps (Snell et al., arXiv 2408.03314, section 5.2): of ``n`` candidates the best n / ``width`` are kept,
+    and each is continued ``width`` times. A candidate that ends takes its place in ``n`` with it."""
+
+    name = "beam"
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         walk = Walk(problem, brief, self.step, self.tokens, self.most)
@@ -115,25 +119,11 @@ class Beam:
 
 
 @dataclass(frozen=True, slots=True)
-class Dvts:
+class Dvts(_Trees):
     """Diverse verifier tree search (Beeching et al., 2024, "Scaling test-time compute with open models"): n / ``width`` independent
     trees, each a greedy search that continues its best of ``width`` candidates."""
 
-    n: int = 8
-    width: int = 4
-    step: str = ""
-    tokens: int = 48
-    most: int = 40
-    select: Select = "weighted"
     name = "dvts"
-
-    @property
-    def traits(self) -> Traits:
-        return _traits(self)
-
-    def __post_init__(self) -> None:
-        _check(self)
-        _check_width(self.n, self.width)
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
         walk = Walk(problem, brief, self.step, self.tokens, self.most)

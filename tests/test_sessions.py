@@ -451,6 +451,18 @@ def test_the_steps_of_a_search_are_no_samples_of_a_pool(tmp_path: Path) -> None:
 
 
 # -- what a refused resume says ------------------------------------------------------------------------------------------------
+def test_the_order_of_a_policys_options_is_no_other_setting(tmp_path: Path) -> None:
+    """A version of ttc may list them in another order."""
+    one = "adaptive?over=iterative-deepening%3Ffirst%3D6%26growth%3D2&width=2"
+    Ledger.open(tmp_path, {"policy": one}).close()
+    Ledger.open(
+        tmp_path, {"policy": "adaptive?width=2&over=iterative-deepening%3Fgrowth%3D2%26first%3D6"}
+    ).close()
+    for other in ("adaptive?over=iterative-deepening%3Ffirst%3D6%26growth%3D3&width=2", "adaptive?width=2"):
+        with pytest.raises(InputError, match="this run was started with policy = "):
+            Ledger.open(tmp_path, {"policy": other})
+
+
 def test_a_refused_resume_says_what_was_and_what_is(tmp_path: Path) -> None:
     def config(**changes: Any) -> dict[str, Any]:
         told: dict[str, Any] = {

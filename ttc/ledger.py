@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.parse import parse_qsl
 
 from ttc.errors import InputError, LedgerError
 from ttc.types import Branch, Charge, Completion, Decision, Fork, Probe, Request, Result, Verdict
@@ -389,13 +390,23 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    changed = [words for key in COMPARED if old.get(key) != new.get(key) for words in _change(key, old, new)]
+    same = {key: old.get(key) == new.get(key) for key in COMPARED}
+    if isinstance(old.get("policy"), str):
+        same["policy"] = _options(old["policy"]) == _options(str(new.get("policy")))
+    changed = [words for key in COMPARED if not same[key] for words in _change(key, old, new)]
     if changed:
         more = f"; {len(changed) - 3} more differ" if len(changed) > 3 else ""
         raise InputError(
             f"--out {path}: this run was started with {'; '.join(changed[:3])}{more}; repeat the first command to resume it"
             f"{_command(old)}, or give another directory"
         )
+
+
+def _options(policy: str) -> tuple[str, frozenset[tuple[str, object]]]:
+    """A policy as ``describe`` writes it, whatever the order of its options."""
+    name, _, query = policy.partition("?")
+    options = parse_qsl(query, keep_blank_values=True)
+    return name, frozenset((key, _options(value) if "?" in value else value) for key, value in options)
 
 
 def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
