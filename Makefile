@@ -25,7 +25,7 @@ test: lint types  ## All tests, engines included
 
 bench: .venv/.ready  ## Measure ttc against bare engines and peers, side by side
 	@.venv/bin/ttc bench overhead
-	@.venv/bin/ttc bench overhead --http --rounds 2 --problems 20
+	@.venv/bin/ttc bench overhead --http
 	@.venv/bin/ttc bench decode
 	@$(PY) -m ttc.costmodel.intervals_study
 

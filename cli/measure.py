@@ -22,11 +22,16 @@ def overhead(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A nano name, a folder or a hub id.")
     ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Problems.")] = 40,
+    problems: Annotated[int, typer.Option(min=1, help="Problems.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Samples for each.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are reported.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Repetitions of the arms that are held to each other.")
+    ] = 12,
     http: Annotated[
-        bool, typer.Option("--http/--no-http", help="Also through vLLM's server: plain client and its_hub.")
+        bool,
+        typer.Option(
+            "--http/--no-http", help="Through vLLM's server instead: over a plain client and its_hub."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

@@ -8,7 +8,8 @@ for model in nano-xs nano-s nano-m nano-l; do .venv/bin/python -m ttc.rl.evaluat
 .venv/bin/python -m ttc.rl.family
 .venv/bin/python -m ttc.rl.family --speed
 .venv/bin/python -m ttc.rl.figures
-$ttc bench overhead -m nano-xs --problems 40 --rounds 2 --http
+$ttc bench overhead -m nano-xs --problems 12 --rounds 12
+$ttc bench overhead -m nano-xs --problems 12 --rounds 12 --http
 $ttc bench steering --rounds 9 --tokens 256
 $ttc bench study deepening --out runs/deepening.jsonl
 $ttc bench study anytime --out runs/anytime.jsonl

@@ -47,6 +47,8 @@ COMPARED = (
     "schema",
 )
 """The keys of run.json that must be the same for a run to be resumed."""
+_DEFAULTS: dict[type, tuple[tuple[str, Any], ...]] = {}  # what the fields of a dataclass are if nobody says
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(slots=True)
@@ -268,7 +270,7 @@ class Ledger:
         file = self._files.get(name)
         if file is None:
             return
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        line = _ENCODER.encode(row) + "\n"
         with self._writing():
             file.write(line)
             if sync:
@@ -374,7 +376,10 @@ def result_from_json(row: Mapping[str, Any]) -> Result:
 
 
 def _without_defaults(value: Any) -> dict[str, Any]:
-    return {f.name: v for f in fields(value) if (v := getattr(value, f.name)) != f.default}
+    kind = type(value)
+    if kind not in _DEFAULTS:
+        _DEFAULTS[kind] = tuple((f.name, f.default) for f in fields(kind))
+    return {name: v for name, default in _DEFAULTS[kind] if (v := getattr(value, name)) != default}
 
 
 def _build(kind: Callable[..., T], row: Mapping[str, Any]) -> T:

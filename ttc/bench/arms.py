@@ -3,7 +3,8 @@
 An arm prints a line when it is ready, then does the job once for each line on its standard input and prints what it took. All do
 the same job: ``samples`` samples of each of ``problems`` problems with the embedded reasoner, ``concurrency`` in flight. The
 lengths are those of ttc's last turn: bare vLLM and the plain client are told to write just as many tokens for each sample
-(its_hub takes no such word), or a few long chains more or less would decide who is faster.
+(its_hub takes no such word), or a few long chains more or less would decide who is faster. ttc does all that ``ttc solve`` does:
+votes, verdicts, prices, a hard budget; and with ``out`` a run directory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ttc.types import Problem
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every arm has to do; ``url`` is the server of the arms that need one."""
+    """What every arm has to do; ``url`` is the server of the arms that need one; ``out``: ttc writes a run directory."""
 
     model: str
     task: str
@@ -32,6 +34,7 @@ class Job:
     concurrency: int
     thinking_tokens: int
     url: str = ""
+    out: bool = False
 
     def load(self) -> list[Problem]:
         from ttc.problems import from_task
@@ -47,7 +50,7 @@ Work = Callable[[Lengths], tuple[int, Lengths]]
 
 
 def ours(job: Job) -> Work:
-    """Self-consistency through ttc: in process, or through the server if the job has one. Votes, verdicts and the ledger on."""
+    """Self-consistency through ttc: in process, or through the server if the job has one."""
     from ttc.api import Run, Settings, start_engine
 
     options: dict[str, Any] = {"concurrency": job.concurrency}
@@ -60,11 +63,12 @@ def ours(job: Job) -> Work:
         settings = Settings(
             policy=f"self-consistency?n={job.samples}", budget="1G tokens", max_thinking_tokens=job.thinking_tokens
         )  # fmt: skip
-        run = Run(problems, engine, settings)
-        written = {
-            r.problem_id: [b.completion.output_tokens for b in sorted(r.branches, key=lambda b: b.index)]
-            for r in run.results()
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(problems, engine, settings, out=folder if job.out else None)
+            written = {
+                r.problem_id: [b.completion.output_tokens for b in sorted(r.branches, key=lambda b: b.index)]
+                for r in run.results()
+            }
         return run.status.charge.tokens, [written[p.id] for p in problems]
 
     return work
@@ -76,6 +80,7 @@ def bare(job: Job, *, serial: bool = False) -> Work:
     from ttc.engine.vllm_start import import_vllm
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_PLUGINS"] = ""  # bare: without ttc's attention backend
     vllm = import_vllm()
     files = load_model_files(job.model)
     llm = vllm.LLM(
@@ -154,6 +159,7 @@ def its_hub(job: Job) -> Work:
 
 ARMS: dict[str, Callable[[Job], Work]] = {
     "ttc": ours,
+    "ttc-out": ours,
     "ttc-wide": ours,
     "bare": bare,
     "bare-serial": lambda job: bare(job, serial=True),

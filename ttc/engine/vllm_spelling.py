@@ -131,7 +131,7 @@ def _cleans(tokenizer: Any) -> bool:
 
 def _pieces(tokenizer: Any) -> list[bytes]:
     """What each id of a fast tokenizer stands for, where its decoder does no more than to put that together ([]: it does more). A
-    long chain is then text in a twentieth of the time, in which the engine would stand still."""
+    long chain is then text in a third of the time, in which the engine would stand still."""
     kind = type(getattr(tokenizer, "decoder", None)).__name__
     if kind not in ("Fuse", "ByteLevel"):
         return []
