@@ -244,6 +244,14 @@ def test_documented_options_and_policies_exist() -> None:
     assert specs > 30
 
 
+@pytest.mark.parametrize("name", ["solve", "plan", "cost", "frontier", "simulate", "report"])
+def test_every_option_is_told_on_some_page(name: str) -> None:
+    told = "\n".join(file.read_text() for file in PAGES if file.name != "CHANGELOG.md")
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    options = {option for option in _options(command) if option.startswith("--")}
+    assert not {option for option in options if not re.search(rf"{option}(?![\w-])", told)}
+
+
 def test_documented_names_of_python_exist() -> None:
     """What pages use as ``ttc.name`` is there after ``import ttc`` and nothing else."""
     names = set()
