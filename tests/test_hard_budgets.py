@@ -31,7 +31,8 @@ from ttc.pricing import spent_in
     concurrency=st.integers(1, 9),
     steerable=st.booleans(),
     mean=st.floats(1.0, 120.0),
-    p_fail=st.sampled_from([0.0, 0.2]),
+    p_fail=st.sampled_from([0.0, 0.2, 0.6]),
+    stubborn=st.booleans(),
     p_hang=st.sampled_from([0.0, 0.1]),
     cancels=st.booleans(),
     prompts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
@@ -39,9 +40,9 @@ from ttc.pricing import spent_in
 )
 def test_never_over_budget_and_ledger_equals_engine(
     unit: str, scope: str, generous: float, count: int, n: int, cap: int, concurrency: int, steerable: bool, mean: float,
-    p_fail: float, p_hang: float, cancels: bool, prompts: list[int], seed: int,
+    p_fail: float, stubborn: bool, p_hang: float, cancels: bool, prompts: list[int], seed: int,
 ) -> None:  # fmt: skip
-    writer = random_writer(mean_thinking=mean, p_fail=p_fail, p_hang=p_hang, flaky=True)
+    writer = random_writer(mean_thinking=mean, p_fail=p_fail, p_hang=p_hang, flaky=True, stubborn=stubborn)
     engine = FakeEngine(
         writer=lambda request, issued: writer(replace(request, seed=request.seed ^ seed), issued),
         concurrency=concurrency, steerable=steerable,
@@ -81,9 +82,10 @@ def test_what_is_held_is_the_length_that_is_sent(text: str, unit: Unit) -> None:
     """Under just the least budget and above it: prompts by their own effort and beginning, steps, forks and scores."""
     for seed in range(16):
         rng = random.Random(f"{text} {unit} {seed}")
-        p_fail = rng.choice([0.0, 0.2])
+        p_fail, stubborn = rng.choice([0.0, 0.2, 0.6]), rng.random() < 0.5
         engine = FakeEngine(
-            random_writer(mean_thinking=rng.uniform(1, 90), p_fail=p_fail, flaky=True), concurrency=rng.randint(1, 6),
+            random_writer(mean_thinking=rng.uniform(1, 90), p_fail=p_fail, flaky=True, stubborn=stubborn),
+            concurrency=rng.randint(1, 6),
             steerable=rng.random() < 0.7, probes=rng.random() < 0.7 or text == "odd", effort_tokens=rng.randint(0, 3),
         )  # fmt: skip
         policy = policy_of(text)

@@ -1,5 +1,6 @@
-"""Runs that are killed at any moment, and again when they are resumed: whatever the policy, nothing is lost, nothing that has ended
-is sampled twice, and all sessions together spend no more than the budget, but for what was generated after the last note."""
+"""Runs that are killed or stopped, or whose engine dies, at any moment, and again when they are resumed: whatever the policy,
+nothing is lost, nothing that has ended is sampled twice, and all sessions together spend no more than the budget, but for what was
+generated after the last note."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ SESSIONS = 4
 
 
 class Strikes(FakeEngine):
-    """Copies the run directory at its ``at``-th moment (before and after each of its verbs), as a process that is killed there
-    leaves it; the run itself is then of no interest."""
+    """At its ``at``-th moment (before and after each of its verbs) it does what ``strike`` does."""
 
-    def __init__(self, at: int, source: Path, copy: Path, **options: Any) -> None:
+    def __init__(self, at: int, **options: Any) -> None:
         super().__init__(**options)
-        self.at, self.source, self.copy = at, source, copy
+        self.at = at
+        self.strike: Callable[[], None] = lambda: None
         self.asked: set[str] = set()
         self.problems: set[str] = set()
         self.written = 0
@@ -50,8 +51,7 @@ class Strikes(FakeEngine):
     def _strike(self) -> None:
         self.at -= 1
         if self.at == 0:
-            shutil.copytree(self.source, self.copy)
-            raise EngineError("killed")
+            self.strike()
 
     def submit(self, ticket: int, request: Request) -> None:
         self.asked.add(request.digest())
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_again_and_again(
     problems = make_problems(3, (20, 31))
     writer = random_writer(
         mean_thinking=rng.uniform(1, 90), p_fail=rng.choice([0.0, 0.2, 0.6]), p_hang=rng.choice([0.0, 0.0, 0.1]),
-        flaky=rng.random() < 0.7,
+        flaky=rng.random() < 0.7, stubborn=rng.random() < 0.3,
     )  # fmt: skip
     engines: dict[str, Any] = {
         "writer": writer, "steerable": rng.random() < 0.7,
@@ -105,10 +105,23 @@ def test_a_run_that_is_killed_again_and_again(
         at = rng.randint(1, 120) if session < SESSIONS - 1 else -1
         if unit != "eflops" or engines["steerable"]:  # else it is in the price
             room = rng.randint(1, 6)
-        engine = Strikes(at, here, root / str(session + 1), concurrency=room, **engines)
+        engine = Strikes(at, concurrency=room, **engines)
         ledger = Ledger.open(here, {})
         ended, kept = set(ledger.results), {r.digest for rows in ledger._recorded.values() for r in rows}
         driver = make_driver(engine, policy_of(text), budget, ledger=ledger, **more)
+        following, how = root / str(session + 1), rng.choice(["killed", "killed", "dies", "stopped"])
+
+        def strike(
+            how: str = how, stop: Callable[[], None] = driver.stop, here: Path = here, copy: Path = following
+        ) -> None:
+            if how == "stopped":
+                stop()
+                return
+            if how == "killed":  # the directory as it is now; the run itself is of no interest any more
+                shutil.copytree(here, copy)
+            raise EngineError(how)
+
+        engine.strike = strike
         results = []
         try:
             with mock.patch.object(watch, "NOTE_SECONDS", 0.0):
@@ -116,6 +129,8 @@ def test_a_run_that_is_killed_again_and_again(
         except EngineError:
             unseen += engine.counters().output_tokens - engine.written
         ledger.close()
+        if not following.exists():
+            shutil.copytree(here, following)
         written += engine.counters().output_tokens
         assert not engine.asked & kept, "what has ended is not sampled again"
         assert not engine.problems & ended

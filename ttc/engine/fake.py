@@ -45,16 +45,18 @@ def random_writer(
     p_fail: float = 0.0,
     p_hang: float = 0.0,
     flaky: bool = False,
+    stubborn: bool = False,
 ) -> Writer:
     """Geometric thinking lengths; the gold answer with ``p_right``, else one of three wrong ones; mishaps at random positions.
-    ``flaky``: a request issued again is drawn anew, as from a real engine at another batch size."""
+    ``flaky``: a request issued again is drawn anew, as from a real engine at another batch size. ``stubborn``: that
+    may fail, too."""
 
     def write(request: Request, issued: int) -> Script:
         rng = random.Random(f"{request.seed}/{issued if flaky else 0}")
         thinking = min(int(rng.expovariate(1 / mean_thinking)), 100_000)
         gold = request.problem.gold or "0"
         answer = gold if rng.random() < p_right else f"{gold}{rng.choice('123')}"
-        fails = rng.randint(0, thinking + 2) if rng.random() < p_fail and issued == 0 else None
+        fails = rng.randint(0, thinking + 2) if rng.random() < p_fail and (stubborn or issued == 0) else None
         hangs = rng.randint(0, thinking + 2) if rng.random() < p_hang else None
         return Script(thinking, answer, rng.randint(1, 4), fails, hangs)
 
