@@ -2,8 +2,8 @@
 stored.
 
 Families counted exactly (tests compare with the published counts): Llama 3, Qwen2.5, Qwen3, Qwen3-MoE,
-Mixtral-like MoE, DeepSeek-V2/V3 (MLA), Gemma 2/3, Qwen3-Next-like hybrids. Others with the same field
-names are counted as a gated-MLP decoder.
+Mixtral-like MoE, Llama 4, DeepSeek-V2/V3 (MLA), Gemma 1 to 3, Qwen3-Next-like hybrids. Others with the same
+field names are counted as a gated-MLP decoder; hybrids with Mamba layers are refused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6,
         "tie_word_embeddings": True,
     },
+    "gemma": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma2": {
         "head_dim": 256,
         "sliding_window": 4096,
@@ -36,6 +37,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3fn": 1.0, "float8_e5m2": 1.0}
 QK_NORM = {"qwen3", "qwen3_moe", "qwen3_next", "gemma3_text"}
 FOUR_NORMS = {"gemma2", "gemma3_text"}
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+MAMBA = (
+    "hybrid_override_pattern",
+    "attn_layer_indices",
+    "attn_layer_period",
+    "ssm_state_size",
+    "mamba_d_state",
+)
+"""Fields of hybrids that this does not count: their attention stands in a few layers only."""
 
 
 class AttentionLayers(NamedTuple):
@@ -94,7 +104,11 @@ def read_config(config: Mapping[str, Any], model: str) -> dict[str, Any]:
     router, expert, shared = _moe(c, kind, hidden)
     experts = c.count("num_experts", "n_routed_experts", "num_local_experts", default=0) if moe_layers else 0
     active = c.count("num_experts_per_tok", "experts_per_token", default=0) if experts else 0
-    mlp = 3 * hidden * c.count("intermediate_size", default=None if dense_mlp_layers else 0)
+    mlp = (
+        3
+        * hidden
+        * c.count("intermediate_size_mlp", "intermediate_size", default=None if dense_mlp_layers else 0)
+    )
     if c.flag("mlp_bias", False):
         mlp += 2 * c.count("intermediate_size") + hidden
     norms = (4 if kind in FOUR_NORMS else 2) * hidden * layers + hidden
@@ -187,9 +201,9 @@ def _mlp_split(c: _Config, layers: int) -> tuple[int, int]:
     if not c.count("num_experts", "n_routed_experts", "num_local_experts", default=0):
         return layers, 0
     first = c.count("first_k_dense_replace", default=0)
-    every = c.count("decoder_sparse_step", "moe_layer_freq", default=1) or 1
+    every = c.count("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1) or 1
     only = set(c.raw.get("mlp_only_layers") or ())
-    start = 1 if "decoder_sparse_step" in c.raw else 0
+    start = 1 if {"decoder_sparse_step", "interleave_moe_layer_step"} & c.raw.keys() else 0
     moe = sum(i >= first and (i + start) % every == 0 and i not in only for i in range(layers))
     return layers - moe, moe
 
@@ -201,7 +215,7 @@ def _moe(c: _Config, kind: str, hidden: int) -> tuple[int, int, int]:
         return 0, 0, 0
     width = c.count("moe_intermediate_size", "intermediate_size")
     router = hidden * experts + (experts if kind == "deepseek_v3" else 0)  # V3 keeps a bias for load balance
-    shared = 3 * hidden * width * c.count("n_shared_experts", default=0)
+    shared = 3 * hidden * width * c.count("n_shared_experts", default=1 if kind == "llama4_text" else 0)
     shared_width = c.count("shared_expert_intermediate_size", default=0)
     if shared_width:
         shared = 3 * hidden * shared_width + hidden
@@ -209,16 +223,25 @@ def _moe(c: _Config, kind: str, hidden: int) -> tuple[int, int, int]:
 
 
 def _layer_types(c: _Config, layers: int) -> list[str]:
+    if found := next((name for name in MAMBA if c.raw.get(name) is not None), ""):
+        raise InputError(f"model {c.model}: its {found} tells of Mamba layers, which are not counted here")
     types = c.raw.get("layer_types")
     if isinstance(types, list) and types:
         if len(types) != layers:
             raise InputError(
                 f"model {c.model}: layer_types names {len(types)} layers; num_hidden_layers is {layers}"
             )
+        if strange := sorted({str(t) for t in types} - set(LAYER_TYPES)):
+            raise InputError(
+                f"model {c.model}: layer_types has {strange[0]!r}; counted here: {', '.join(LAYER_TYPES)}"
+            )
         return [str(t) for t in types]
     every = c.count("full_attention_interval", default=0)
     if every:
         return ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
+    if c.raw.get("attention_chunk_size"):  # Llama 4: every fourth layer, which has no positions, sees all
+        every = c.count("no_rope_layer_interval", default=4) or 4
+        return ["full_attention" if (i + 1) % every == 0 else "chunked_attention" for i in range(layers)]
     window = c.raw.get("sliding_window")
     pattern = c.count("sliding_window_pattern", default=0)
     if window and pattern:

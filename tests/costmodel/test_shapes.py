@@ -53,6 +53,30 @@ def test_active_parameters_of_mixtures() -> None:
 
 
 @pytest.mark.parametrize(
+    ("experts", "every", "billions"), [(16, 1, 107.77), (128, 2, 400.71)], ids=["Scout", "Maverick"]
+)
+def test_llama_4_has_a_shared_expert_and_layers_in_chunks(experts: int, every: int, billions: float) -> None:
+    text = {
+        "model_type": "llama4_text", "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "num_local_experts": experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": every, "vocab_size": 202048,
+        "attention_chunk_size": 8192,
+    }  # fmt: skip
+    shape = ModelShape.from_config({"model_type": "llama4", "text_config": text})
+    assert shape.params == pytest.approx(billions * 1e9, rel=1e-4)
+    assert shape.active_params == pytest.approx(17.17e9, rel=1e-3), "17B, in its name"
+    assert shape.attention == ((12, None), (36, 8192))
+
+
+def test_the_first_gemma_ties_its_embeddings() -> None:
+    config = {
+        "model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
+        "num_key_value_heads": 1, "intermediate_size": 16384, "vocab_size": 256000,
+    }  # fmt: skip
+    assert ModelShape.from_config(config).params == 2_506_172_416, "as published"
+
+
+@pytest.mark.parametrize(
     ("name", "gib_per_32k"),
     [
         ("Qwen3-0.6B", 3.5),
@@ -152,6 +176,8 @@ def test_loads_folders_and_files(tmp_path: Path) -> None:
         (_config(num_hidden_layers=0), "must be positive"),
         (_config(torch_dtype="int3"), "dtype"),
         (_config(layer_types=["full_attention"]), "layer_types"),
+        (_config(layer_types=["mamba", "full_attention"]), "layer_types has 'mamba'"),
+        (_config(hybrid_override_pattern="M*"), "Mamba layers"),
         (_config(quantization_config={"quant_method": "gptq"}), "bits"),
         (_config(num_experts=4, num_experts_per_tok=8, moe_intermediate_size=8), "experts_active"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from ttc.costmodel import ModelShape
 from ttc.errors import InputError
 from ttc.types import AnswerFormat, Sampling
 
+LOG = logging.getLogger("ttc.engine.model")
 _HASHED_WEIGHTS_BYTES = 64 * 2**20
 _THINKING_MARGIN = 8
 """Default thinking cap over a model's typical length: what only runaway chains exceed."""
@@ -58,7 +60,7 @@ def load_model_files(model: str) -> ModelFiles:
     return ModelFiles(
         name=str(card.get("name", model if target == model else folder.name)),
         path=target,
-        shape=ModelShape.from_config(config),
+        shape=_shape(config, model),
         format=_format(folder, card),
         sampling=_sampling(folder, card),
         context=int(config.get("max_position_embeddings") or 0),
@@ -66,6 +68,16 @@ def load_model_files(model: str) -> ModelFiles:
         identity={"model": str(card.get("name", model)), "weights": fingerprint(folder)},
         files={file.name: _digest(file).hexdigest()[:8] for file in _told(folder)},
     )
+
+
+def _shape(config: Mapping[str, Any], model: str) -> ModelShape | None:
+    """None for a model that the cost model does not count: it runs all the same, but not on a budget of eFLOPs."""
+    try:
+        return ModelShape.from_config(config)
+    except InputError as error:
+        words = str(error).removeprefix("model model: ")
+        LOG.warning("%s: %s; FLOPs are not counted, so no budget of eFLOPs can be kept", model, words)
+        return None
 
 
 def _known() -> str:

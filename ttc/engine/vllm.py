@@ -338,7 +338,7 @@ class VLLMEngine:
             written = running.control.output if self._in_turn else output.outputs[0].token_ids
             if not written and output.outputs[0].token_ids:
                 raise EngineError(
-                    "it does not call ttc's logits processor, so no budget can be kept; see 'ttc doctor', and use no model that"
+                    "vLLM does not call ttc's logits processor, so no budget can be kept; see 'ttc doctor', and use no model that"
                     " brings speculative decoding"
                 )
             running.ids, running.cached = list(written), output.num_cached_tokens or 0
