@@ -126,9 +126,13 @@ class Arm:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, start_new_session=True,
         )  # fmt: skip
         self._at_work = [self._process.pid, *([] if server is None else [server])]
-        self._read()
         self.turns: list[dict[str, Any]] = []
         self._seconds = self._tokens = self._processor = 0.0
+        try:
+            self._read()
+        except BaseException:  # a Ctrl-C reaches this process alone
+            self.close()
+            raise
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
