@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ttc
@@ -235,3 +236,52 @@ def test_a_run_without_mistakes_keeps_no_traceback(tmp_path: Path) -> None:
     [result] = ttc.run(make_problems(1), engine=knowing(), policy="greedy", out=tmp_path)
     assert result.traceback == ""
     assert "traceback" not in (tmp_path / "results.jsonl").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Saying:
+    """Says what it is told to of its second problem, and counts in numpy's numbers."""
+
+    answer: Any
+    votes: Any
+    name = "saying"
+
+    def run(self, problem: Problem, brief: Brief) -> Routine:
+        reply = yield Generate(tuple(brief.request(problem, i) for i in np.arange(2)))
+        if problem.id == "1":
+            return Outcome(self.answer, "samples", self.votes)
+        return Outcome(reply.branches[0].vote, "samples", {"7": np.float32(1.5), "8": np.int64(2)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "votes", "says"),
+    [
+        ("7", {"7": float("inf")}, "ValueError: the votes for '7' weigh inf; give a finite number"),
+        ("7", {"7": float("nan")}, "ValueError: the votes for '7' weigh nan; give a finite number"),
+        ("7", {"7": np.float32("-inf")}, "ValueError: the votes for '7' weigh -inf; give a finite number"),
+        (7, {"7": 1.0}, "TypeError: an answer is a text, not 7"),
+        ("7", {7: 1.0}, "TypeError: an answer is a text, not 7"),
+        ("7", {"7": "many"}, "ValueError: could not convert string to float: 'many'"),
+    ],
+)
+def test_what_no_ledger_can_hold_fails_its_problem_and_not_the_run(
+    answer: Any, votes: Any, says: str, tmp_path: Path
+) -> None:
+    problems = [Problem(str(i), ({"role": "user", "content": "?"},), "7", "exact") for i in range(3)]
+    settings = Settings(policy=Saying(answer, votes), budget="9k tokens")
+    first, failed, last = sorted(
+        Run(problems, knowing(), settings, out=tmp_path).results(), key=lambda result: result.problem_id
+    )
+    assert says in failed.error
+    assert HERE in failed.error
+    for good in (first, last):
+        assert (good.answer, good.votes, good.error) == ("7", {"7": 1.5, "8": 2.0}, "")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_verdicts_in_numpys_numbers_are_verdicts() -> None:
+    assert Verdict(np.bool_(True), np.float32(0.5)) == Verdict(True, 0.5)  # type: ignore[arg-type]
+    assert type(Verdict(np.bool_(True), 1).correct) is bool  # type: ignore[arg-type]
+    for score in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            Verdict(True, score)

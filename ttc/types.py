@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -60,11 +61,21 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says of one answer: ``score`` in [0, 1], and whether that counts as correct."""
+    """What a verifier says of one answer: ``score`` in [0, 1], and whether that counts as correct. Raises TypeError for a score
+    that is no number, ValueError for one that is not finite."""
 
     correct: bool
     score: float
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.correct) is bool and type(self.score) is float and math.isfinite(self.score):
+            return
+        score = float(self.score)
+        if not math.isfinite(score):
+            raise ValueError(f"a verdict's score is {score}; give a finite number")
+        object.__setattr__(self, "correct", bool(self.correct))  # numpy's, too
+        object.__setattr__(self, "score", score)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,12 +379,23 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A policy's last word on a problem. ``votes`` maps each answer to its weight; ``stop`` says in a word why it ended, ``why`` in
-    a sentence, for the decision log."""
+    a sentence, for the decision log. Raises TypeError for what is no text or no number, ValueError for a weight that is not
+    finite: a ledger holds neither."""
 
     answer: str | None
     stop: str
     votes: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+
+    def __post_init__(self) -> None:
+        for answer in (*self.votes, *(() if self.answer is None else (self.answer,))):
+            if not isinstance(answer, str):
+                raise TypeError(f"an answer is a text, not {answer!r}")
+        votes = {answer: float(weight) for answer, weight in self.votes.items()}  # numpy's numbers, too
+        for answer, weight in votes.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"the votes for {answer!r} weigh {weight}; give a finite number")
+        object.__setattr__(self, "votes", votes)
 
 
 Routine = Generator[Work, Reply, Outcome]
@@ -411,7 +433,9 @@ class Brief:
             "kv_budget": self.kv_budget,
             "kv_method": self.kv_method,
         }
-        return Request(problem, index, **(settings | changes))
+        return Request(
+            problem, int(index), **(settings | changes)
+        )  # int: a policy may count in numpy's numbers
 
 
 @dataclass(frozen=True, slots=True)
