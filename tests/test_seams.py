@@ -247,10 +247,12 @@ class Saying:
     name = "saying"
 
     def run(self, problem: Problem, brief: Brief) -> Routine:
-        reply = yield Generate(tuple(brief.request(problem, i) for i in np.arange(2)))
+        counted: Any = np.arange(2)
+        reply = yield Generate(tuple(brief.request(problem, i) for i in counted))
         if problem.id == "1":
             return Outcome(self.answer, "samples", self.votes)
-        return Outcome(reply.branches[0].vote, "samples", {"7": np.float32(1.5), "8": np.int64(2)})
+        votes: Any = {"7": np.float32(1.5), "8": np.int64(2)}
+        return Outcome(reply.branches[0].vote, "samples", votes)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +282,10 @@ def test_what_no_ledger_can_hold_fails_its_problem_and_not_the_run(
 
 
 def test_verdicts_in_numpys_numbers_are_verdicts() -> None:
-    assert Verdict(np.bool_(True), np.float32(0.5)) == Verdict(True, 0.5)  # type: ignore[arg-type]
-    assert type(Verdict(np.bool_(True), 1).correct) is bool  # type: ignore[arg-type]
+    correct: Any = np.bool_(True)
+    half: Any = np.float32(0.5)
+    assert Verdict(correct, half) == Verdict(True, 0.5)
+    assert type(Verdict(correct, 1).correct) is bool
     for score in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             Verdict(True, score)

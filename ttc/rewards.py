@@ -274,10 +274,15 @@ class Served:
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
         )
         try:
-            models = self._call("GET", "/v1/models", None).get("data") or []
+            models = self._call("GET", "/v1/models", None)["data"]
             if not models:
                 raise InputError(f"reward: {self.url} serves no model")
-            self.model = str(models[0]["id"])
+            try:
+                self.model = str(models[0]["id"])
+            except (KeyError, TypeError):
+                raise InputError(
+                    f"reward: {self.url} names no model in /v1/models; give a vLLM server"
+                ) from None
             tried = self._send("POST", "/classify", {"model": self.model, "input": [[0]]})
         except EngineError as error:
             raise InputError(str(error)) from None
@@ -310,7 +315,13 @@ class Served:
             raise EngineError(
                 f"reward: {self.url}{path} answered {reply.status_code} ({text}); serve a classifier with --runner pooling"
             )
-        found: dict[str, Any] = reply.json()
+        try:
+            found = reply.json()
+        except ValueError:
+            found = None
+        wanted = "tokens" if path == "/tokenize" else "data"
+        if not isinstance(found, dict) or not isinstance(found.get(wanted), list):
+            raise EngineError(f"reward: {self.url}{path} answers without {wanted}; give a vLLM server")
         return found
 
     def prompt(self, problem: Problem) -> list[int]:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from tests.engine.http_engine import request, run, serving
-from tests.engine.mock_server import Call, Model, Script
+from tests.engine.mock_server import Call, MockServer, Model, Script
 from ttc.answers import extract
 from ttc.api import Run, Settings
 from ttc.engine.http_runner import REFUSALS
 from ttc.engine.http_server import ServedModel, Server
 from ttc.engine.http_stream import CallFailed, parse_event, refusal
+from ttc.engine.openai import OpenAIEngine
+from ttc.errors import InputError
+from ttc.rewards import load_reward
 from ttc.types import AnswerFormat, Problem, Sampling
 
 
@@ -253,3 +256,33 @@ def test_the_context_of_a_server_that_tells_it_apart() -> None:
         server = Server("http://x", None, 1.0, _wire=other)
         learnt(server)
         assert server.context == 0
+
+
+@pytest.mark.parametrize(
+    "data", ["m", ["m"], [{}], [{"id": "m", "max_model_len": "big"}], {"id": "m"}], ids=str
+)
+def test_a_list_of_models_of_another_form_is_one_line(data: Any) -> None:
+    class Odd(MockServer):
+        def _answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+            return 200, {"data": data}
+
+    with (
+        Odd(lambda call: Script()) as server,
+        pytest.raises(InputError, match="give the address of an OpenAI") as caught,
+    ):
+        OpenAIEngine(server.url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, {"data": "m"}, {"data": [{}]}, {"data": ["m"]}], ids=str)
+def test_a_reward_server_of_another_kind_is_one_line(answer: Any) -> None:
+    class Odd(MockServer):
+        def _answer(self, method: str, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+            return 200, answer
+
+    with (
+        Odd(lambda call: Script()) as server,
+        pytest.raises(InputError, match="give a vLLM server") as caught,
+    ):
+        load_reward(server.url)
+    assert "\n" not in str(caught.value)

@@ -116,11 +116,12 @@ class Server:
 
     # -- what the server is ------------------------------------------------------------------------
     async def models(self) -> list[ServedModel]:
-        """What /v1/models lists. Raises CallFailed."""
+        """What /v1/models lists. Raises CallFailed, and KeyError, TypeError, ValueError or AttributeError for a list of another
+        form."""
         entries = (await self.wire.json("GET", "/v1/models")).get("data") or []
         return [
             ServedModel(
-                id=str(entry.get("id")),
+                id=str(entry["id"]),
                 root=str(entry.get("root") or ""),
                 context=next((int(entry[name]) for name in CONTEXT_FIELDS if entry.get(name)), 0),
                 owner=str(entry.get("owned_by") or ""),
@@ -386,7 +387,7 @@ def cannot_open(url: str, error: CallFailed) -> str:
         )
     elif "HTTP 401" in words or "HTTP 403" in words:
         mend = "set OPENAI_API_KEY"
-    elif "HTTP 404" in words:
+    elif "HTTP 404" in words or "can't be read" in words or "did not answer in JSON" in words:
         mend = "give the address of an OpenAI-compatible server, such as openai:http://localhost:8000/v1"
     else:
         mend = "see the server's log"

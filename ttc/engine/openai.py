@@ -135,6 +135,11 @@ class OpenAIEngine:
             self._call(self._server.learn(served))
         except CallFailed as error:
             raise InputError(cannot_open(self._server.url, error)) from error
+        except InputError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            failed = CallFailed(f"its answers can't be read: {error}", again=False)
+            raise InputError(cannot_open(self._server.url, failed)) from error
         return served, _local_files(served.root)
 
     async def _set(
