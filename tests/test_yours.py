@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ class Broken:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "own_things.py").write_text(MODULE)
     (tmp_path / "own_slip.py").write_text("x = 1\ny = undefined_name\n")
     (tmp_path / "own_syntax.py").write_text("x = (\n")
@@ -52,8 +53,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "json.py").write_text("raise RuntimeError('this one must not be taken')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "own_things"})
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        del sys.modules[name]
 
 
 def test_what_lies_in_the_working_directory_is_found(folder: Path) -> None:
