@@ -139,6 +139,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_blames_no_problem(tmp_path: Pa
         list(driver.run(make_problems(3)))
     ledger.close()
     assert not engine._live
+    again = Ledger.open(tmp_path, {})
+    assert 0 < ledger_tokens(again) <= engine.counters().output_tokens, "what ran was noted before"
+    again.close()
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
