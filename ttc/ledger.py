@@ -281,7 +281,9 @@ class Ledger:
         try:
             yield
         except OSError as error:
-            self._noted = False  # what runs can't be written down one by one: the last note stays, for the next session
+            self._noted = (
+                False  # what runs can't be written down one by one: the last note stays, for the next session
+            )
             raise LedgerError(
                 f"out: {self.directory} can't be written ({error.strerror}); make room there, and repeat the command to resume"
             ) from error
