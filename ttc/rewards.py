@@ -274,17 +274,10 @@ class Served:
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
         )
         try:
-            models = self._call("GET", "/v1/models", None)["data"]
-            if not models:
-                raise InputError(f"reward: {self.url} serves no model")
-            try:
-                self.model = str(models[0]["id"])
-            except (KeyError, TypeError):
-                raise InputError(
-                    f"reward: {self.url} names no model in /v1/models; give a vLLM server"
-                ) from None
+            self.model = self._served()
             tried = self._send("POST", "/classify", {"model": self.model, "input": [[0]]})
-        except EngineError as error:
+        except (EngineError, InputError) as error:
+            self.close()
             raise InputError(str(error)) from None
         self.name = f"{self.url} ({self.model})"
         self._whole = (
@@ -293,6 +286,16 @@ class Served:
 
     def close(self) -> None:
         self._client.close()
+
+    def _served(self) -> str:
+        """The model that the server lists first."""
+        models = self._call("GET", "/v1/models", None)["data"]
+        if not models:
+            raise InputError(f"reward: {self.url} serves no model")
+        try:
+            return str(models[0]["id"])
+        except (KeyError, TypeError):
+            raise InputError(f"reward: {self.url} names no model in /v1/models; give a vLLM server") from None
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """What the server answers. A call is made again if the server lets go of an idle connection just as it is used."""
