@@ -112,9 +112,12 @@ def deepening_triggers(thinking_tokens: float, first_tokens: float, growth: floa
         return 0
     if growth == 1:
         return math.ceil(thinking_tokens / first_tokens) - 1
-    count, checkpoint = 0, float(first_tokens)
-    while checkpoint < thinking_tokens:
-        count, checkpoint = count + 1, math.ceil(checkpoint * growth)
+    count = last = k = 0
+    while (checkpoint := math.ceil(min(first_tokens * growth**k, thinking_tokens))) < thinking_tokens:
+        if checkpoint > last:
+            count, last, k = count + 1, checkpoint, k + 1
+        else:  # on to where it is more
+            k = max(k + 1, int(math.log(last / first_tokens) / math.log(growth)))
     return count
 
 

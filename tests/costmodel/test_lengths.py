@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ttc.costmodel import ModelShape, full, kinetics
 from ttc.costmodel.lengths import Lengths, batch_cost, deepening_cost, deepening_triggers, kinetics_moments
 from ttc.errors import InputError
+from ttc.samplers.deepening import checkpoints
 
 SHAPE = ModelShape.named("Qwen3-0.6B")
 MOE = ModelShape.named("Qwen3-30B-A3B")
@@ -60,10 +61,8 @@ def test_a_batch_reads_the_weights_once_per_step(shape: ModelShape) -> None:
 @settings(max_examples=100)
 @given(total=st.integers(1, 50000), first=st.integers(1, 5000), growth=st.floats(1.05, 4))
 def test_triggers_stand_at_geometric_checkpoints(total: int, first: int, growth: float) -> None:
-    count, checkpoint = 0, first
-    while checkpoint < total:
-        count, checkpoint = count + 1, max(math.ceil(checkpoint * growth), checkpoint + 1)
-    assert deepening_triggers(total, first, growth) == count
+    count = len({place for k in range(400) if (place := math.ceil(first * growth**k)) < total})
+    assert deepening_triggers(total, first, growth) == count == len(checkpoints(first, growth, total))
     if total > first:
         assert count <= 1 + math.floor(math.log(total / first, growth) + 1e-9)
 
