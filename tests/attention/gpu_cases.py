@@ -198,7 +198,7 @@ def backend(kind: str, tiny: Path, *, ours: bool, **changes: Any) -> Any:
 
 
 def asked() -> list[list[int]]:
-    return [ids[:length] for ids, length in zip(prompts(2, shared=0), (60, 90), strict=True)]
+    return [ids[:length] for ids, length in zip(prompts(2, shared=0), (44, 70), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -230,5 +230,5 @@ def test_every_choice_and_output_equals_the_reference(
     settings = [*(KvSetting(48, method) for method in METHODS), None]
     with watch(monkeypatch, checker(tally), {"triton": TritonImpl, "flash": FlashImpl}[way[0]]):
         for i in (0, 2, 4):
-            decode(engine, [asked()[1][i : i + 78], asked()[1][i:]], settings[i : i + 2], tokens=4)
+            decode(engine, [asked()[1][i : i + 62], asked()[1][i:]], settings[i : i + 2], tokens=4)
     assert set(tally) == set(METHODS)

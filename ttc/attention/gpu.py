@@ -64,6 +64,8 @@ class GpuBuilder(SparseBuilder):
         """In full graphs every step of rows that all decode goes one way, also without sparse rows and outside of a graph."""
         common = common_attn_metadata
         planner = self.planner
+        if isinstance(planner, FixedPlanner) and self.full_graphs():
+            self._layers()  # before any step: what it summarises must lie where steps of graphs look for it
         if (
             not isinstance(planner, FixedPlanner) or not self.full_graphs() or common.max_query_len != 1
             or common.causal is not True or common.num_reqs > planner.room.rows
