@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_problems
 from tests.driving import ANY_POLICY, EarlyStop, Reads, jobs_of, make_driver, policy_of, total
+from ttc import driver
 from ttc.budget import Budget, Scope, Unit
 from ttc.engine.fake import FakeEngine, Script, random_writer
+from ttc.engine.protocol import StepReport
 from ttc.errors import BudgetTooSmall
 from ttc.policies import parse
 from ttc.pricing import spent_in
@@ -149,6 +151,25 @@ def test_time_that_was_over_before_an_answer_is_told_with_what_would_do() -> Non
     enough = Budget(float(result.error.split()[-2]), "seconds")
     [result] = make_driver(FakeEngine(), parse("greedy"), enough).run(make_problems(1))
     assert result.answer and not result.error
+
+
+@pytest.mark.parametrize("look", [0.0, driver.LOOK_SECONDS])
+def test_a_slow_first_step_closes_no_thought_early(look: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that reads the prompts takes a hundred times as long as those that follow: time for 400 tokens is left, and used."""
+
+    class Reading(FakeEngine):
+        def step(self) -> StepReport:
+            self.step_seconds = 0.01 if self.counters().steps else 1.0
+            return super().step()
+
+    monkeypatch.setattr(driver, "LOOK_SECONDS", look)
+    engine = Reading(writer=lambda request, issued: Script(2000, "7", 2))
+    run = make_driver(engine, parse("self-consistency?n=4"), Budget(5.0, "seconds"), cap=3000)
+    [result] = run.run(make_problems(1))
+    assert [b.completion.closed for b in result.branches] == [True] * 4
+    assert all(b.answer for b in result.branches)
+    assert run.overrun == 0
+    assert min(b.completion.output_tokens for b in result.branches) > 350
 
 
 def test_run_scope_answers_every_problem_before_it_buys_second_samples() -> None:

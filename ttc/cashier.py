@@ -28,6 +28,11 @@ class Cashier:
         self.leased = budget.unit == "eflops" and engine.info.steerable
         self.overrun = 0.0
         self.longest_step = 0.0
+        self._steps: list[float] = []  # the first two steps' seconds
+        self._pace = [
+            0.0,
+            0.0,
+        ]  # seconds that running branches took, and the tokens that they wrote in them; the latest count most
         self._lengths: list[float] = [
             0.0,
             0.0,
@@ -172,8 +177,23 @@ class Cashier:
         started = job.account.started
         return self.clock() - started if started is not None else 0.0
 
+    def stepped(self, seconds: float) -> None:
+        """An engine step took so long."""
+        self.longest_step = max(self.longest_step * 0.98, seconds)
+        if len(self._steps) < 2:
+            self._steps.append(seconds)
+
+    def paced(self, seconds: float, tokens: int) -> None:
+        """Running branches, whose first tokens were there, wrote ``tokens`` in so many seconds, summed over branches."""
+        if tokens:
+            self._pace = [0.9 * self._pace[0] + seconds, 0.9 * self._pace[1] + tokens]
+
     def closing_seconds(self) -> float:
-        return (self.engine.room_tokens + 1) * self.longest_step
+        """How long closing a thought and answering takes at the pace of late, a quarter more, and a step's delay. A first step
+        reads prompts and tells nothing of the pace."""
+        seconds, tokens = self._pace
+        pace = seconds / tokens if tokens else min(self._steps) if len(self._steps) > 1 else 0.0
+        return 1.25 * (self.engine.room_tokens + 1) * pace + self.longest_step
 
     def too_late(self, job: Job) -> str:
         """What is wrong, if time was over before there was an answer ("": it was not)."""

@@ -183,7 +183,7 @@ class Driver:
         before = self.clock()
         report = self.engine.step()
         now = self.clock()
-        self.cashier.longest_step = max(self.cashier.longest_step * 0.98, now - before)
+        self.cashier.stepped(now - before)
         self._take(report, now)
         self.watch.look(now)
         self._step_done()

@@ -61,18 +61,22 @@ class Flights:
         """Note where running branches are; extend the leases that have run out (unless the engine is ``gone``)."""
         status = self.books.status
         running = status.running_tokens
+        seconds, written = 0.0, 0
         for ticket, progress in places.items():
             flight = self.aloft.get(ticket)
             if flight is None:
                 continue
             if progress.tokens != flight.tokens:
                 running += progress.tokens - flight.tokens
+                if flight.tokens:
+                    seconds, written = seconds + now - flight.moved, written + progress.tokens - flight.tokens
                 flight.tokens, flight.moved = progress.tokens, now
             if progress.weight_reads is not None:
                 flight.reads = progress.weight_reads
             if flight.lease_end is not None and flight.tokens >= flight.lease_end and not gone:
                 self._extend(ticket, flight)
         status.running_tokens, self.followed = running, now
+        self.cashier.paced(seconds, written)
 
     def _extend(self, ticket: int, flight: Flight) -> None:
         """A lease has run out: hold the price of the next tokens, or end the thought inside what is held."""
