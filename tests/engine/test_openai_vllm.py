@@ -17,6 +17,7 @@ from ttc.engine.http_server import Server
 from ttc.engine.model import load_model_files
 from ttc.engine.openai import OpenAIEngine
 from ttc.errors import InputError
+from ttc.rl import tokenizer
 from ttc.types import Completion, Control, Problem, Request, Result, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -76,7 +77,8 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 def keep_thinking(engine: OpenAIEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on thoughts stay open to their caps, whatever is drawn."""
     [delimiter] = engine._call(engine._setting.span_ids(engine.info.format.think_close))
-    add_to_calls(monkeypatch, ignore_eos=True, logit_bias={str(delimiter): -100})
+    ends = {str(token): -100 for token in (delimiter, tokenizer.EOS)}  # an end of text closes a thought, too
+    add_to_calls(monkeypatch, ignore_eos=True, logit_bias=ends)
 
 
 def metric(server: str, name: str) -> float:
