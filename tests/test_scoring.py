@@ -18,6 +18,7 @@ from tests.driving import Dies, jobs_of, make_driver, total
 from tests.engine.http_engine import serving
 from tests.engine.mock_server import Call, Script
 from tests.waiting import LIMIT_S
+from ttc import driver as driver_module
 from ttc.api import Run, Settings
 from ttc.budget import Budget
 from ttc.engine.fake import FakeEngine, random_writer
@@ -111,15 +112,16 @@ def test_a_server_is_kept_at_work_while_a_score_hangs(
 
 
 class Ticking(FakeEngine):
-    """Its time goes on whether it works or not, and fast while it has nothing to do."""
+    """Its time goes on whether it works or not: while it has nothing to do, about as much between two looks as they wait."""
 
     def clock(self) -> float:
-        self.now += 1e-3 if self._live else 0.05
+        self.now += 1e-3 if self._live else 3e-3
         return self.now
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_time_is_kept_whatever_the_reward_model_does(slow: bool) -> None:
+def test_time_is_kept_whatever_the_reward_model_does(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "LOOK_SECONDS", 0.01)
     engine = (Ticking if slow else FakeEngine)(random_writer(mean_thinking=1e9))
 
     class Sluggish(Hanging):

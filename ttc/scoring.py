@@ -106,8 +106,9 @@ class Scoring:
         return self._reply(asked)
 
     def look(self, wait_s: float = 0.0) -> None:
-        """Tell the policies whose scores have come, and those for which it is too late; wait for the first if there is nothing else
-        to do."""
+        """Tell the policies whose scores have come, and those for which it is too late (or will be by the next look); wait for the
+        first if there is nothing else to do."""
+        until_next = wait_s
         while self._under_way:
             try:
                 asked = self._done.get(timeout=wait_s) if wait_s else self._done.get_nowait()
@@ -122,7 +123,7 @@ class Scoring:
                 self._tell(asked)
             self._begin()
         for asked in (*self._waiting, *self._wanted()):
-            if self._late(asked.job, 0.0):
+            if self._late(asked.job, until_next):
                 self._give_up(asked)
                 self._tell(asked)
 
@@ -171,11 +172,12 @@ class Scoring:
                 cashier.engine.wake()
 
     def _late(self, job: Job, more: float) -> bool:
-        """True under a budget of seconds of which closing and answering take the rest, with ``more`` before."""
+        """True under a budget of seconds of which closing and answering take the rest, with ``more`` before (and a step that reads
+        the answer's beginning, and one that may be under way)."""
         cashier = self.cashier
         if cashier.budget.unit != "seconds":
             return False
-        return cashier.seconds_left(job) <= cashier.closing_seconds() + cashier.longest_step + more
+        return cashier.seconds_left(job) <= cashier.closing_seconds() + 2 * cashier.longest_step + more
 
     def _afford(self, asked: Asked) -> bool:
         """Hold the price of what has just been priced, if the budget can pay for it."""
