@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tests.conftest import PlainJudge
 from ttc.budget import Budget
@@ -165,3 +166,15 @@ ANY_POLICY = (
 def policy_of(text: str) -> Policy:
     own: dict[str, Policy] = {"odd": Odd(), "early-stop": EarlyStop()}
     return own.get(text) or parse(text)
+
+
+def ledger_tokens(ledger: Ledger) -> int:
+    """All that the branches of a run directory were charged, those that were cut too."""
+    cut = sum(charge.tokens for charges in ledger.interrupted.values() for charge in charges)
+    return cut + sum(r.branch.charge.tokens for rows in ledger._recorded.values() for r in rows)
+
+
+def read_ledger(directory: Path) -> Ledger:
+    ledger = Ledger(directory)
+    ledger._load()
+    return ledger

@@ -16,15 +16,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import ANY_POLICY, Reads, jobs_of, make_driver, policy_of, total
+from tests.driving import (
+    ANY_POLICY,
+    Reads,
+    jobs_of,
+    ledger_tokens,
+    make_driver,
+    policy_of,
+    read_ledger,
+    total,
+)
 from ttc import watch
 from ttc.budget import Budget, Scope, Unit
-from ttc.engine.fake import FakeEngine, random_writer
+from ttc.engine.fake import FakeEngine, Script, random_writer
 from ttc.engine.protocol import StepReport
 from ttc.errors import BudgetTooSmall, EngineError
+from ttc.jobs import Status
 from ttc.ledger import Ledger
+from ttc.policies import parse
 from ttc.pricing import spent_in
 from ttc.types import Request
+from ttc.watch import NOTE_SECONDS
 
 T = TypeVar("T")
 SESSIONS = 4
@@ -155,3 +167,69 @@ def _on_record(directory: Path) -> int:
         for row in Ledger(directory)._rows("branches")
         for kind in ("generated", "forced", "probe")
     )
+
+
+@pytest.mark.parametrize("scope", ["problem", "run"])
+@pytest.mark.parametrize("unit", ["tokens", "eflops"])
+def test_what_ran_when_a_run_was_killed_is_counted_as_it_was_last_noted(
+    unit: Unit, scope: Scope, tmp_path: Path
+) -> None:
+    """A run is killed at each of its steps in turn (its directory as it is then), and resumed: what the note says is spent, but for
+    what a note's time and a step bring, and both sessions together stay within the budget but for that."""
+    one, concurrency, problems = {"tokens": 200.0, "eflops": 1e12}[unit], 5, make_problems(6)
+    budget = Budget(one * (6 if scope == "run" else 1), unit, scope)
+    writer = random_writer(mean_thinking=25, p_fail=0.1, flaky=True)
+    engine = FakeEngine(writer, concurrency=concurrency, step_seconds=NOTE_SECONDS / 4)
+    ledger = Ledger.open(tmp_path / "run", {})
+    driver = make_driver(engine, parse("self-consistency?n=3"), budget, ledger=ledger)
+    copies: list[tuple[Path, int]] = []
+
+    def copy(status: Status) -> None:
+        copies.append((tmp_path / f"killed{len(copies)}", engine.counters().output_tokens))
+        shutil.copytree(tmp_path / "run", copies[-1][0])
+
+    driver.on_step = copy
+    list(driver.run(problems))
+    ledger.close()
+    assert not (tmp_path / "run/running.json").exists()
+    assert len(copies) > 20
+    unseen = 4 * concurrency
+    lost = 0
+    for killed, written in copies:
+        resumed = Ledger.open(killed, {})
+        assert written - unseen <= ledger_tokens(resumed) <= written
+        lost += sum(map(len, resumed.interrupted.values()))
+        rest = FakeEngine(writer, concurrency=concurrency)
+        kept = set(resumed._recorded)
+        driver = make_driver(rest, parse("self-consistency?n=3"), budget, ledger=resumed)
+        results = list(driver.run(problems))
+        resumed.close()
+        assert driver.overrun == 0
+        assert {r.problem_id for r in results} == {p.id for p in problems}
+        assert not set(rest._issued) & kept, "a finished branch was sampled again"
+        both = written + rest.counters().output_tokens
+        assert both - unseen <= sum(r.charge.tokens for r in results) <= both
+        assert ledger_tokens(read_ledger(killed)) == sum(r.charge.tokens for r in results)
+    assert lost > 20
+
+
+def test_a_note_of_what_ran_counts_once(tmp_path: Path) -> None:
+    """A process that is killed while it writes down what another had under way leaves the note: it is not counted again."""
+    engine = FakeEngine(writer=lambda request, issued: Script(40, "7", 1), step_seconds=NOTE_SECONDS)
+    ledger = Ledger.open(tmp_path / "run", {})
+    driver = make_driver(engine, parse("self-consistency?n=3"), Budget(1000, "tokens"), ledger=ledger)
+
+    def kill(status: Status) -> None:
+        if engine.counters().steps == 10:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    driver.on_step = kill
+    list(driver.run(make_problems(1)))
+    ledger.close()
+    note = (tmp_path / "killed/running.json").read_text()
+    for _ in range(2):
+        resumed = Ledger.open(tmp_path / "killed", {})
+        assert [c.tokens for c in resumed.interrupted["p0"]] == [10, 10, 10]
+        resumed.close()
+        (tmp_path / "killed/running.json").write_text(note)
+    assert "3 branches were under way when the run was killed" not in "".join(resumed.notices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,22 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_problems
-from tests.driving import Dies, EarlyStop, jobs_of, make_driver
+from tests.driving import Dies, EarlyStop, jobs_of, ledger_tokens, make_driver, read_ledger
 from ttc.api import Run, Settings, run
-from ttc.budget import Budget, Scope, Unit
-from ttc.engine.fake import FakeEngine, Script, random_writer
+from ttc.budget import Budget
+from ttc.engine.fake import FakeEngine, Script
 from ttc.errors import EngineError, InputError, LedgerError
 from ttc.jobs import Status
 from ttc.ledger import COMPARED, Ledger
 from ttc.policies import parse
 from ttc.types import Brief, Generate, Outcome, Problem, Request, Routine
-from ttc.watch import NOTE_SECONDS
-
-
-def ledger_tokens(ledger: Ledger) -> int:
-    """All that the branches of a run directory were charged, those that were cut too."""
-    cut = sum(charge.tokens for charges in ledger.interrupted.values() for charge in charges)
-    return cut + sum(r.branch.charge.tokens for rows in ledger._recorded.values() for r in rows)
 
 
 # -- one engine, several runs --------------------------------------------------------------------------------------------------
@@ -45,17 +37,11 @@ def test_an_abandoned_run_leaves_the_engine_empty_and_its_tokens_on_record(tmp_p
         assert result.problem_id == "p0"
         break
     assert not engine._live
-    assert ledger_tokens(_read(tmp_path)) == engine.counters().output_tokens
+    assert ledger_tokens(read_ledger(tmp_path)) == engine.counters().output_tokens
 
     results = list(run(make_problems(3), engine=engine, budget="100k tokens", policy="self-consistency?n=3"))
     assert {r.problem_id: r.answer for r in results} == {"p0": "0", "p1": "1", "p2": "2"}
     assert {r.charge.tokens for r in results} == {3 * 7}
-
-
-def _read(directory: Path) -> Ledger:
-    ledger = Ledger(directory)
-    ledger._load()
-    return ledger
 
 
 def test_a_second_run_on_a_busy_engine_is_refused_and_does_not_disturb_the_first() -> None:
@@ -97,9 +83,12 @@ def test_an_engine_that_dies_at_any_verb_loses_no_flight(verb: str, tmp_path: Pa
         list(driver.run(make_problems(3)))
     ledger.close()
     assert (
-        ledger_tokens(_read(tmp_path)) == driver.status.charge.tokens == engine.counters().output_tokens > 0
+        ledger_tokens(read_ledger(tmp_path))
+        == driver.status.charge.tokens
+        == engine.counters().output_tokens
+        > 0
     )
-    assert not _read(tmp_path).results, "a dead engine is no problem's own failure"
+    assert not read_ledger(tmp_path).results, "a dead engine is no problem's own failure"
 
 
 def test_an_engine_that_dies_as_the_run_is_stopped_loses_no_flight(tmp_path: Path) -> None:
@@ -115,7 +104,10 @@ def test_an_engine_that_dies_as_the_run_is_stopped_loses_no_flight(tmp_path: Pat
     assert list(driver.run(make_problems(3))) == []
     ledger.close()
     assert (
-        ledger_tokens(_read(tmp_path)) == driver.status.charge.tokens == engine.counters().output_tokens == 50
+        ledger_tokens(read_ledger(tmp_path))
+        == driver.status.charge.tokens
+        == engine.counters().output_tokens
+        == 50
     )
 
 
@@ -197,72 +189,6 @@ def test_resume_after_a_crash_samples_nothing_twice_and_loses_nothing(
     )
     assert set(third.results) == {p.id for p in problems}
     third.close()
-
-
-@pytest.mark.parametrize("scope", ["problem", "run"])
-@pytest.mark.parametrize("unit", ["tokens", "eflops"])
-def test_what_ran_when_a_run_was_killed_is_counted_as_it_was_last_noted(
-    unit: Unit, scope: Scope, tmp_path: Path
-) -> None:
-    """A run is killed at each of its steps in turn (its directory as it is then), and resumed: what the note says is spent, but for
-    what a note's time and a step bring, and both sessions together stay within the budget but for that."""
-    one, concurrency, problems = {"tokens": 200.0, "eflops": 1e12}[unit], 5, make_problems(6)
-    budget = Budget(one * (6 if scope == "run" else 1), unit, scope)
-    writer = random_writer(mean_thinking=25, p_fail=0.1, flaky=True)
-    engine = FakeEngine(writer, concurrency=concurrency, step_seconds=NOTE_SECONDS / 4)
-    ledger = Ledger.open(tmp_path / "run", {})
-    driver = make_driver(engine, parse("self-consistency?n=3"), budget, ledger=ledger)
-    copies: list[tuple[Path, int]] = []
-
-    def copy(status: Status) -> None:
-        copies.append((tmp_path / f"killed{len(copies)}", engine.counters().output_tokens))
-        shutil.copytree(tmp_path / "run", copies[-1][0])
-
-    driver.on_step = copy
-    list(driver.run(problems))
-    ledger.close()
-    assert not (tmp_path / "run/running.json").exists()
-    assert len(copies) > 20
-    unseen = 4 * concurrency
-    lost = 0
-    for killed, written in copies:
-        resumed = Ledger.open(killed, {})
-        assert written - unseen <= ledger_tokens(resumed) <= written
-        lost += sum(map(len, resumed.interrupted.values()))
-        rest = FakeEngine(writer, concurrency=concurrency)
-        kept = set(resumed._recorded)
-        driver = make_driver(rest, parse("self-consistency?n=3"), budget, ledger=resumed)
-        results = list(driver.run(problems))
-        resumed.close()
-        assert driver.overrun == 0
-        assert {r.problem_id for r in results} == {p.id for p in problems}
-        assert not set(rest._issued) & kept, "a finished branch was sampled again"
-        both = written + rest.counters().output_tokens
-        assert both - unseen <= sum(r.charge.tokens for r in results) <= both
-        assert ledger_tokens(_read(killed)) == sum(r.charge.tokens for r in results)
-    assert lost > 20
-
-
-def test_a_note_of_what_ran_counts_once(tmp_path: Path) -> None:
-    """A process that is killed while it writes down what another had under way leaves the note: it is not counted again."""
-    engine = FakeEngine(writer=lambda request, issued: Script(40, "7", 1), step_seconds=NOTE_SECONDS)
-    ledger = Ledger.open(tmp_path / "run", {})
-    driver = make_driver(engine, parse("self-consistency?n=3"), Budget(1000, "tokens"), ledger=ledger)
-
-    def kill(status: Status) -> None:
-        if engine.counters().steps == 10:
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")
-
-    driver.on_step = kill
-    list(driver.run(make_problems(1)))
-    ledger.close()
-    note = (tmp_path / "killed/running.json").read_text()
-    for _ in range(2):
-        resumed = Ledger.open(tmp_path / "killed", {})
-        assert [c.tokens for c in resumed.interrupted["p0"]] == [10, 10, 10]
-        resumed.close()
-        (tmp_path / "killed/running.json").write_text(note)
-    assert "3 branches were under way when the run was killed" not in "".join(resumed.notices)
 
 
 def test_stop_saves_what_runs_and_the_rest_is_resumed(tmp_path: Path) -> None:
