@@ -44,13 +44,13 @@ class Watch:
 
     def _clock(self) -> None:
         """Close the thoughts for which the time that closing takes is all that is left; cancel what runs at the end of time."""
-        cashier = self.cashier
+        cashier, closing = self.cashier, self.cashier.closing_seconds()
         late: list[int] = []
         for ticket, flight in self.flights.aloft.items():
             left = cashier.seconds_left(flight.job)
             if left <= cashier.longest_step:
                 late.append(ticket)
-            elif left <= cashier.closing_seconds() and not flight.closing:
+            elif left <= closing and not flight.closing:
                 flight.closing = True
                 self.flights.close(ticket)
         if late:
